@@ -1,0 +1,274 @@
+"""How every program here reads and writes files, and how it ends.
+
+Three promises, kept in one place because model, data, retrieve, train and the demo all make them:
+  1. Wrong input ends in one line (file, line or flag; what was found; what was expected) and exit status 2.
+  2. What is written is written aside, flushed to disk and renamed: a killed run leaves the old file or the new one.
+  3. What is read is JSON or safetensors, read strictly: no pickle, no NaN, no duplicate keys, no line without end.
+"""
+import argparse
+import contextlib
+import ctypes
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+MAX_JSON_BYTES = 64 << 20  # a tokenizer.json is 17 MB, a training row a few KB: past this it is not one of ours
+
+# what every answer and every model card carries
+DISCLAIMER = "Research use only. Not medical advice: do not act on it without a physician."
+
+
+class InputError(ValueError):
+    """What the user gave is wrong. The message is one line that says what was found and what was expected."""
+
+
+def run_main(main):
+    """Calls `main()` and exits: 0 done, 2 the input is wrong, 1 it failed, 130 interrupted, 143 terminated."""
+    def terminated(signum, frame):
+        raise SystemExit(128 + signum)  # unwinds through every `finally`: weights are restored, files closed
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        sys.exit(main() or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our stdout left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (InputError, OSError) as error:
+        print("error:", one_line(error), file=sys.stderr)
+        sys.exit(2)
+    except MemoryError:
+        print("error: out of memory", file=sys.stderr)
+        sys.exit(1)
+
+
+def reuse_freed_memory():
+    """Tells glibc to keep large freed blocks for the next tensor instead of giving them back to the kernel.
+
+    Otherwise every activation is mapped, faulted in page by page and unmapped again: on two cores that took longer than
+    the arithmetic of a small model. Elsewhere (macOS, musl) nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and stay there
+
+
+def one_line(error):
+    """The message of an exception without line breaks; `No such file or directory: PATH` for an OSError."""
+    if isinstance(error, OSError) and error.strerror:
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{names}: {error.strerror}" if names else error.strerror
+    return " ".join(str(error).split())
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line like all others here; the usage is what --help is for."""
+
+    def error(self, message):
+        raise InputError(message)
+
+
+def whole(least):
+    """An argparse type: a whole number of at least `least`."""
+    def parse(text):
+        if not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least {least}")
+        return int(text)
+    return parse
+
+
+def number(least, most=float("inf"), open_end=False):
+    """An argparse type: a finite number from `least` (above it with `open_end`) to `most`."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not (least < value if open_end else least <= value) or not value <= most or value == float("inf"):
+            upto = f" to {most}" if most < float("inf") else ""
+            raise argparse.ArgumentTypeError(
+                f"found {text!r}, expected a number {'above' if open_end else 'from'} {least}{upto}")
+        return value
+    return parse
+
+
+# ----- reading -------------------------------------------------------------------------------------------------------
+
+def require_dir(directory, what):
+    """`directory` as a Path, or an InputError that says which `what` was looked for there."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        found = "is a file" if directory.exists() else "does not exist"
+        raise InputError(f"{directory}: {found}; expected the folder of {what}")
+    return directory
+
+
+def parse_json(text, where):
+    """Strict JSON: refuses NaN and Infinity, duplicate keys, and nesting deep enough to exhaust the stack."""
+    def refuse_constant(name):
+        raise ValueError(f"{name} is not JSON")
+
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        return found
+    try:
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique)
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply; expected plain JSON") from None
+    except ValueError as error:
+        raise InputError(f"{where}: not valid JSON ({one_line(error)})") from None
+
+
+def read_json(path, expect=dict):
+    """The JSON value in the file `path`; it must be of the type `expect`."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a JSON file")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise InputError(f"{path}: {path.stat().st_size:,} bytes; expected JSON of at most {MAX_JSON_BYTES:,}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    value = parse_json(text, path)
+    if not isinstance(value, expect):
+        raise InputError(f"{path}: found a JSON {type(value).__name__}, expected a {expect.__name__}")
+    return value
+
+
+def read_jsonl(path, max_line_bytes=16 << 20):
+    """Yields (line number, dict or InputError) for every non-blank line of a .jsonl or .jsonl.gz file.
+
+    A wrong line is yielded as the InputError that describes it, so that the caller decides between stopping
+    (`raise row`) and counting it. Never holds more than `max_line_bytes` of one line in memory.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; expected a .jsonl file")
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        number = 0
+        while True:
+            try:
+                line = file.readline(max_line_bytes + 1)
+            except (EOFError, gzip.BadGzipFile) as error:
+                raise InputError(f"{path}: damaged gzip file after line {number} ({one_line(error)})") from None
+            if not line:
+                return
+            number += 1
+            if len(line) > max_line_bytes:
+                yield number, InputError(f"{path}:{number}: a line of more than {max_line_bytes:,} bytes; "
+                                         "expected one JSON object a line")
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(1 << 20)
+            elif line.strip():
+                yield number, parse_row(line, f"{path}:{number}")
+
+
+def parse_row(line, where):
+    """One line of a jsonl file as a dict, or the InputError that says what is wrong with it."""
+    try:
+        row = parse_json(line.decode("utf-8"), where)
+    except UnicodeDecodeError as error:
+        return InputError(f"{where}: not UTF-8 text (byte {error.start} of the line)")
+    except InputError as error:
+        return error
+    return row if isinstance(row, dict) else InputError(f"{where}: found {type(row).__name__}, expected a JSON object")
+
+
+def sha256(path):
+    """The SHA-256 of a file as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+
+
+def _sha256(file):
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+# ----- writing -------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def written_aside(path):
+    """`with written_aside(path) as aside:` write a file or a folder to `aside`; on leaving it becomes `path`.
+
+    Everything under `aside` is flushed to disk before one rename puts it in place (a folder that exists is exchanged
+    in one system call where there is one). On an exception `path` stays as it was and `aside` is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.partial-*"):  # of a run that was killed
+        if not _is_running(left.name.rpartition("-")[2]):
+            remove(left)
+    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield aside
+        flush(aside)
+        if path.is_dir() and aside.is_dir():
+            exchange(aside, path)
+        else:
+            os.replace(aside, path)
+        flush(path.parent, recursive=False)
+    finally:
+        remove(aside)
+
+
+def write_json(path, value):
+    """Writes `value` as indented JSON, aside and renamed."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def remove(path):
+    """Deletes a file or a whole folder; one that is not there is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path, recursive=True):
+    """fsync of a file, or of a folder and (recursive) all that is in it."""
+    if recursive and path.is_dir():
+        for child in path.iterdir():
+            flush(child)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def exchange(new, old):
+    """Swaps two folders on the same disk. Linux does it in one step; elsewhere two renames, the old one kept aside."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 and renameat2(-100, os.fsencode(new), -100, os.fsencode(old), 2) == 0:  # AT_FDCWD, RENAME_EXCHANGE
+        return
+    spare = old.with_name(f".{old.name}.replaced-{os.getpid()}")
+    os.rename(old, spare)
+    os.rename(new, old)
+    remove(spare)
+
+
+def _is_running(pid):
+    try:
+        os.kill(int(pid), 0)
+    except ValueError:
+        return False
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

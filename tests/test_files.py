@@ -1,0 +1,129 @@
+"""files.py: strict reading, writing that leaves the old or the new, and how a program ends."""
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+import files
+from files import InputError, read_json, read_jsonl, sha256, write_json, written_aside
+
+
+def test_strict_json(tmp_path):
+    path = tmp_path / "x.json"
+    for text, found in (("{", "not valid"), ('{"a": NaN}', "NaN is not JSON"), ('{"a": 1, "a": 2}', "'a' stands twice"),
+                        ("[" * 200_000, "nested too deeply"), ("[1]", "found a JSON list"), ("", "not valid")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=found):
+            read_json(path)
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_json(path)
+    with pytest.raises(InputError, match="no such file"):
+        read_json(tmp_path / "none.json")
+    path.write_text('{"a": {"b": [1, 2.5, null, "é"]}}')
+    assert read_json(path) == {"a": {"b": [1, 2.5, None, "é"]}}
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+def test_jsonl_names_the_line_and_goes_on(name, tmp_path):
+    lines = [b'{"a": 1}', b"", b"{oops", b"[1]", b'{"a": "\xff"}', b'{"a": 2}']
+    with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wb") as file:
+        file.write(b"\n".join(lines))
+    rows = list(read_jsonl(tmp_path / name))
+    assert [number for number, _ in rows] == [1, 3, 4, 5, 6]
+    assert rows[0][1] == {"a": 1} and rows[4][1] == {"a": 2}
+    for number, row in rows[1:4]:
+        assert isinstance(row, InputError) and f"{name}:{number}:" in str(row) and "\n" not in str(row)
+
+
+def test_an_endless_line_costs_no_memory_and_the_next_line_is_read(tmp_path):
+    """A line of 1 GB (sparse, so that it costs no disk) is reported; memory grows by the limit, not by the line."""
+    with open(tmp_path / "x.jsonl", "wb") as file:
+        file.seek(1 << 30)
+        file.write(b'\n{"a": 1}\n')
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from files import read_jsonl\n"
+            "rows = list(read_jsonl(sys.argv[2])); print(rows[0][1], '|', rows[1])\n"
+            "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
+    out = subprocess.run([sys.executable, "-c", code, ROOT, tmp_path / "x.jsonl"], capture_output=True, text=True)
+    first, peak_kb = out.stdout.splitlines()
+    assert "x.jsonl:1: a line of more than 16,777,216 bytes" in first and "(2, {'a': 1})" in first
+    assert int(peak_kb) < 100_000
+
+
+def test_a_cut_gzip_file_is_reported(tmp_path):
+    whole = gzip.compress(b'{"a": 1}\n' * 10_000)
+    (tmp_path / "x.jsonl.gz").write_bytes(whole[:-20])
+    with pytest.raises(InputError, match="damaged gzip"):
+        list(read_jsonl(tmp_path / "x.jsonl.gz"))
+    with pytest.raises(InputError, match="no such file"):
+        list(read_jsonl(tmp_path / "none.jsonl"))
+
+
+def test_sha256_is_the_standard_one(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_written_aside_replaces_files_and_folders_whole(tmp_path):
+    write_json(tmp_path / "x.json", {"a": 1})
+    write_json(tmp_path / "x.json", {"a": 2})
+    for content in ("old", "new"):
+        with written_aside(tmp_path / "folder") as aside:
+            aside.mkdir()
+            (aside / content).write_text(content)
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 2}
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
+    with pytest.raises(ValueError, match="boom"), written_aside(tmp_path / "folder") as aside:
+        aside.mkdir()
+        raise ValueError("boom")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "x.json"]
+
+
+def test_two_renames_where_folders_cannot_be_exchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.sys, "platform", "darwin")
+    test_written_aside_replaces_files_and_folders_whole(tmp_path)
+
+
+def test_a_killed_writer_leaves_the_old_file_and_its_scraps_are_cleared(tmp_path):
+    write_json(tmp_path / "x.json", {"a": 1})
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from files import written_aside\n"
+            "with written_aside(sys.argv[2]) as aside:\n"
+            "    aside.write_text('half'); print('ready', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path / "x.json"], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.kill()
+    process.wait()
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1} and len(list(tmp_path.iterdir())) == 2
+    write_json(tmp_path / "x.json", {"a": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("body, status, words", [
+    ("return None", 0, ""), ("raise InputError('found a\\nexpected b')", 2, "error: found a expected b"),
+    ("open('/nowhere/x')", 2, "error: /nowhere/x: No such file or directory"),
+    ("raise KeyboardInterrupt", 130, "interrupted"),
+    ("raise MemoryError", 1, "error: out of memory"), ("time.sleep(60)", 143, "")])
+def test_exit_statuses(body, status, words, tmp_path):
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from files import InputError, run_main\n"
+            f"def main():\n    print('on', flush=True)\n    {body}\nrun_main(main)")
+    process = subprocess.Popen([sys.executable, "-c", code, ROOT], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    process.stdout.readline()
+    if status == 143:
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == status and errors.strip() == words
+
+
+def test_a_reader_that_leaves_is_no_error():
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from files import run_main\n"
+            "def main():\n    for i in range(100000): print('line', i)\nrun_main(main)")
+    pipe = '"$0" -c "$1" "$2" | head -1; echo ${PIPESTATUS[0]}'
+    out = subprocess.run(["bash", "-c", pipe, sys.executable, code, ROOT], capture_output=True, text=True)
+    assert out.stdout.splitlines() == ["line 0", "141"] and "Traceback" not in out.stderr
