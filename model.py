@@ -1,0 +1,624 @@
+"""Llama 3.1 by hand: the model, its key-value cache, generation, and Hugging Face checkpoints in and out.
+
+    h = embed(ids)
+    for each layer:   h = h + attention(norm(h));   h = h + swiglu(norm(h))
+    logits = head(norm(h))
+
+Grouped-query attention (arXiv 2305.13245), rotary positions (arXiv 2104.09864) with Llama 3.1's frequency scaling
+(arXiv 2407.21783), SwiGLU (arXiv 2002.05202), RMSNorm (arXiv 1910.07467). It runs every checkpoint of the Llama
+architecture: Llama 2, 3, 3.1, 3.2, SmolLM2, TinyLlama and their fine-tunes.
+
+Shapes: B batch, T time, S keys seen, D width, H query heads, K key-value heads, C channels of a head, V vocabulary.
+"""
+import contextlib
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from files import InputError, one_line, read_json, require_dir, reuse_freed_memory, written_aside
+
+# ----- configuration -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the rotary frequencies; the defaults are Llama-3.1-8B's."""
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The sizes of a model, named as in Hugging Face's config.json. The defaults are Llama-3.1-8B's."""
+    vocab_size: int = 128256
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = RopeScaling()
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_json(cls, path):
+        """Reads a Hugging Face config.json. InputError for another architecture, or for what this code cannot run."""
+        raw = read_json(path)
+
+        def check(right, key, expected):
+            if not right:
+                raise InputError(f"{path}: {key} is {json.dumps(raw.get(key))}; expected {expected}")
+        check(raw.get("model_type") == "llama", "model_type", '"llama": only Llama-architecture models run here')
+        check(raw.get("hidden_act", "silu") == "silu", "hidden_act", '"silu"')
+        for key in ("attention_bias", "mlp_bias", "rope_interleaved", "quantization_config"):
+            check(not raw.get(key), key, "none: this model has no such part")
+        heads = raw.get("num_attention_heads")
+        kv_heads = raw.get("num_key_value_heads") or heads  # absent before Llama 2 70B
+        defaults = {"num_key_value_heads": kv_heads, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
+                    "tie_word_embeddings": False}  # what transformers takes for a key that is absent
+        values = defaults | {key: raw[key] for key in SIZES if raw.get(key) is not None}
+        for key in SIZES[:-2]:
+            if key != "head_dim" or key in values:
+                check(type(values.get(key)) is int and values[key] > 0, key, "a whole number above 0")
+        check(type(values["rms_norm_eps"]) in (int, float), "rms_norm_eps", "a number")
+        check(type(values["tie_word_embeddings"]) is bool, "tie_word_embeddings", "true or false")
+        check(heads % values["num_key_value_heads"] == 0, "num_key_value_heads", f"a divisor of {heads} heads")
+        values.setdefault("head_dim", values["hidden_size"] // heads)
+        check(values["head_dim"] % 2 == 0, "head_dim", "an even number")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 writes rope_parameters
+        check(isinstance(rope, dict), "rope_scaling", "a JSON object")
+        theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+        check(isinstance(theta, (int, float)) and theta > 0, "rope_theta", "a number above 0")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        check(kind in ("default", "llama3"), "rope_scaling", 'rope_type "default" or "llama3"')
+        scaling = {field.name: rope.get(field.name) for field in fields(RopeScaling)} if kind == "llama3" else None
+        check(not scaling or all(isinstance(value, (int, float)) and value > 0 for value in scaling.values()),
+              "rope_scaling", f"the numbers {', '.join(field.name for field in fields(RopeScaling))}")
+        return cls(rope_theta=float(theta), rope_scaling=RopeScaling(**scaling) if scaling else None, **values)
+
+    def to_json(self):
+        """The config.json that transformers and vLLM read, as a dict."""
+        scaling = asdict(self.rope_scaling) | {"rope_type": "llama3"} if self.rope_scaling else None
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "attention_bias": False, "mlp_bias": False} | asdict(self) | {"rope_scaling": scaling}
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+
+# ----- numerics ------------------------------------------------------------------------------------------------------
+
+
+def stochastic_round_(target, source, generator):
+    """Writes fp32 `source` into bf16 `target` of the same shape, rounding up with the probability of the part cut off.
+
+    bf16 is the upper half of fp32: adding a uniform 16-bit integer to the bits and cutting the lower 16 off rounds up
+    exactly that often (arXiv 2502.20566), so the expected value is the fp32 one and a step far smaller than half a unit
+    in the last place survives in the mean, where rounding to nearest undoes it always. Works in slices of the cache's
+    size, in place; a non-contiguous target is refused. `generator` lives on the device of `target`.
+    """
+    slice_length = 1 << 16 if target.device.type == "cpu" else 1 << 24
+    for rounded, exact in zip(target.view(-1).split(slice_length), source.reshape(-1).split(slice_length)):
+        n = rounded.numel()
+        noise = torch.empty((n + 3) // 4, dtype=torch.int64, device=target.device)
+        noise = noise.random_(-2**63, None, generator=generator).view(torch.int16)[:n]  # 64 random bits serve 4 weights
+        bits = exact.float().view(torch.int32) + (noise.int() & 0xFFFF)
+        rounded.copy_((bits & -0x10000).view(torch.float32))
+
+
+def copy_weights_(target, source, generator):
+    """`target` ← `source` of any float dtypes; what must lose bits to become bf16 is rounded stochastically."""
+    if target.dtype == torch.bfloat16 and source.dtype != torch.bfloat16:
+        stochastic_round_(target, source, generator)
+    else:
+        target.copy_(source)
+
+
+def has_fast_bf16(device):
+    """Whether bf16 matrix products are native: every current GPU, and CPUs with AVX-512-BF16 or AMX."""
+    return torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class UpcastLinear(torch.autograd.Function):
+    """x @ weight.T in fp32 with a bf16 weight, for CPUs whose bf16 products are slow (AVX2: 8 times slower than fp32).
+
+    bf16 to fp32 is exact, so this is the same product with less rounding. The fp32 copy lives only as long as the
+    product: forward and backward each make their own, and what is saved is the bf16 weight.
+    """
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = grad @ weight.to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight.to(weight.dtype) if grad_weight is not None else None
+
+
+def linear(x, weight):
+    """x [..., in] @ weight [out, in].T, in the dtype of x (see UpcastLinear when the weight's differs)."""
+    return F.linear(x, weight) if x.dtype == weight.dtype else UpcastLinear.apply(x, weight)
+
+
+def rotary_table(config, positions):
+    """cos and signed sin [..., 1, C] in fp32 for integer `positions` [...], as `rotate` wants them.
+
+    With Llama 3.1's scaling a wavelength beyond original_max / low_freq_factor is stretched by `factor`, one below
+    original_max / high_freq_factor is kept, and between the two the frequency is interpolated (arXiv 2407.21783).
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=positions.device).float() / config.head_dim
+    frequency = 1.0 / config.rope_theta ** exponent
+    if config.rope_scaling:
+        s = config.rope_scaling
+        turns = s.original_max_position_embeddings * frequency / (2 * math.pi)  # in the context first trained on
+        kept = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+        frequency = kept * frequency + (1 - kept) * frequency / s.factor
+    angle = (positions.float()[..., None] * frequency)[..., None, :]
+    return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)
+
+
+def rotate(x, cos, sin):
+    """Rotates the channel pairs (i, i + C/2) of x [B, T, N, C], as Hugging Face weights expect; computed in fp32."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+def causal_attention(q, k, v):
+    """q [B, H, T, C], k and v [B, K, S, C] -> [B, H, T, C]; query i sees the keys up to i + S - T."""
+    T, S = q.shape[2], k.shape[2]
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if T == 1:  # the H / K queries that share a key-value head become the rows of one product
+        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
+        return F.scaled_dot_product_attention(grouped, k, v).view(q.shape)
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+LOGITS_CHUNK = 1024  # positions whose logits exist at the same time
+
+
+def token_logps(h, weight, labels):
+    """log p(label) in fp32 for hidden states h [N, D], head weight [V, D], labels [N] (each a real one) -> [N].
+
+    logit[label] - logsumexp(logits), in chunks of positions, so that at most [LOGITS_CHUNK, V] logits exist. With
+    several chunks each is checkpointed: backward computes its logits again instead of keeping them.
+    """
+    def one(h, labels):
+        logits = linear(h, weight).float()
+        return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
+    if len(labels) <= LOGITS_CHUNK:
+        return one(h, labels)
+    return torch.cat([checkpoint(one, part, own_labels, use_reentrant=False)
+                      for part, own_labels in zip(h.split(LOGITS_CHUNK), labels.split(LOGITS_CHUNK))])
+
+# ----- the model -----------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)  # accumulates in fp32
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.channels = config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.channels, bias=False)
+        self.out = nn.Linear(self.heads * self.channels, config.hidden_size, bias=False)
+
+    def forward(self, x, rotary, attend, cache):
+        qkv = linear(x, self.qkv.weight).unflatten(-1, (-1, self.channels))  # [B, T, H + 2K, C]
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        q, k = rotate(qk, *rotary).split([self.heads, self.kv_heads], dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, C]
+        if cache is not None:
+            k, v = cache(k, v)
+        return linear(attend(q, k, v).transpose(1, 2).flatten(2), self.out.weight)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        gate, up = linear(x, self.gate_up.weight).chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, self.down.weight)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm, self.attention = RMSNorm(config), Attention(config)
+        self.mlp_norm, self.mlp = RMSNorm(config), SwiGLU(config)
+        self.checkpointing = False  # recompute the block in backward instead of keeping its activations
+
+    def forward(self, h, *context):
+        if self.checkpointing and torch.is_grad_enabled():  # inside forward: FSDP's hooks stay outside, in order
+            return checkpoint(self.compute, h, *context, use_reentrant=False)
+        return self.compute(h, *context)
+
+    def compute(self, h, rotary, attend, cache):
+        h = h + self.attention(self.attention_norm(h), rotary, attend, cache)
+        return h + self.mlp(self.mlp_norm(h))
+
+
+class Llama(nn.Module):
+    """`Llama(config)(ids)` -> logits [B, T, V] in the compute dtype; upcast them before a softmax."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.unusable = None  # why this model must not be used again; set when its weights could not be restored
+
+    def tie_weights(self):
+        """Makes the head the embedding where the config says so. Materialising a meta model separates the two."""
+        if self.config.tie_word_embeddings:
+            self.head.weight = self.embed.weight
+
+    def init_weights(self, seed=0):
+        """Random weights for tests and benchmarks: normal with deviation 0.02, norms one; repeatable from `seed`."""
+        generator = torch.Generator(self.norm.weight.device).manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(0, 0.02, generator=generator)
+        return self
+
+    def compute_dtype(self, ids):
+        """The weights' dtype; but for bf16 weights fp32 where the machine's bf16 products are slow. Not for a single
+        token at inference: there the time goes into reading the weights, and bf16 vectors do as well."""
+        weight = self.norm.weight
+        one_token = ids.numel() == 1 and not torch.is_grad_enabled()
+        return weight.dtype if one_token or has_fast_bf16(weight.device) else torch.float32
+
+    def forward(self, ids, *, labels=None, positions=None, attend=causal_attention, cache=None, last_only=False):
+        """ids [B, T] int64 -> logits [B, T, V], or [B, 1, V] with `last_only`.
+
+        With `labels` [B, T] (label t is the token wanted *after* position t, -100: not trained) it returns log p(label)
+        in fp32, [B, T], 0 where there is no label, without ever holding all the logits: what SFT and DPO need.
+        `positions` [T] or [B, T] default to 0, 1, …; `attend(q, k, v)` may stand in another mask (packing);
+        `cache` is a KVCache, which is read, extended and advanced.
+        """
+        if self.unusable:
+            raise RuntimeError(self.unusable)
+        if positions is None:
+            start = cache.length if cache else 0
+            positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+        rotary = rotary_table(self.config, positions)
+        h = self.embed(ids).to(self.compute_dtype(ids))
+        for i, layer in enumerate(self.layers):
+            h = layer(h, rotary, attend, cache and cache.layer(i))
+        if cache:
+            cache.length += ids.shape[1]
+        h = self.norm(h[:, -1:] if last_only else h)
+        if labels is None:
+            return linear(h, self.head.weight)
+        wanted = labels != -100
+        logps = torch.zeros(labels.shape, device=h.device)
+        return logps.masked_scatter(wanted, token_logps(h[wanted], self.head.weight, labels[wanted]))
+
+
+def parameter_count(config):
+    """How many parameters a model of this config has; a tied head counts once."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Llama(config).parameters())
+
+# ----- generation ----------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once for `max_length` positions: k, v [L, B, K, max_length, C]."""
+
+    def __init__(self, model, max_length, batch_size=1):
+        config, weight = model.config, model.norm.weight
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.k = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.v = torch.empty_like(self.k)
+        self.length = 0  # positions filled so far
+
+    def layer(self, i):
+        """A function that appends one layer's new k, v [B, K, T, C] and returns that layer's up to now."""
+        def extend(k, v):
+            end = self.length + k.shape[2]
+            self.k[i, :, :, self.length:end] = k
+            self.v[i, :, :, self.length:end] = v
+            if self.length == 0:
+                return k, v  # unrounded, when the compute dtype is wider than the cache's
+            return self.k[i, :, :, :end].to(k.dtype), self.v[i, :, :, :end].to(v.dtype)
+        return extend
+
+
+def sample(logits, generator, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0):
+    """One token id from logits [V]: temperature, then top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082).
+
+    temperature 0 takes the largest logit; top_k 0, top_p 1 and min_p 0 switch those filters off.
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits.float() / temperature
+    k = min(top_k or len(logits), len(logits))
+    values, order = logits.topk(min(k, 512))  # nearly always the nucleus lies here, and sorting all of V is slow
+    total = logits.logsumexp(0)
+    if k > 512 and (top_k or (values - total).exp().sum() < top_p):
+        values, order = logits.topk(k)
+    p = (values - (values.logsumexp(0) if top_k else total)).exp()  # descending
+    if top_p < 1:
+        p = p.where(p.cumsum(0) - p < top_p, 0)  # keeps the token that crosses top_p
+    if min_p > 0:
+        p = p.where(p >= min_p * p[0], 0)
+    return int(order[torch.multinomial(p, 1, generator=generator)])
+
+
+@contextlib.contextmanager
+def onednn(on):
+    """oneDNN on or off for CPU products: its bf16 matrix-vector product reads weights at half the memory's speed."""
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, on
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+def generate(model, ids, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0, stop_ids=(),
+             seed=0):
+    """Yields new token ids after the prompt `ids` (a list of ints); one in `stop_ids` is yielded and ends it.
+
+    Stops at `max_new_tokens` or when the model's context is full. The same seed gives the same tokens; `seed` None
+    draws a fresh one. InputError when the prompt is empty or does not fit the context.
+    """
+    limit = model.config.max_position_embeddings
+    if not 0 < len(ids) <= limit:
+        raise InputError(f"the prompt has {len(ids):,} tokens; expected 1 to {limit:,}, the model's context")
+    device = model.norm.weight.device
+    generator = torch.Generator(device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    max_new_tokens = min(max_new_tokens, limit - len(ids) + 1)
+    cache = KVCache(model, len(ids) + max_new_tokens)
+    fed = torch.tensor([ids], device=device)
+    for _ in range(max_new_tokens):
+        with torch.no_grad(), onednn(fed.shape[1] > 1):
+            logits = model(fed, cache=cache, last_only=True)[0, -1]
+            token = sample(logits, generator, temperature, top_p, top_k, min_p)
+        yield token
+        if token in stop_ids:
+            return
+        fed = torch.tensor([[token]], device=device)
+
+# ----- Hugging Face checkpoints --------------------------------------------------------------------------------------
+
+
+def checkpoint_names(config):
+    """{our parameter: the Hugging Face tensors that are its rows}: q, k, v are one matrix here, as are gate and up."""
+    names = {"embed.weight": ["model.embed_tokens.weight"]}
+    for i in range(config.num_hidden_layers):
+        own, theirs = f"layers.{i}", f"model.layers.{i}"
+        names |= {
+            f"{own}.attention_norm.weight": [f"{theirs}.input_layernorm.weight"],
+            f"{own}.attention.qkv.weight": [f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv"],
+            f"{own}.attention.out.weight": [f"{theirs}.self_attn.o_proj.weight"],
+            f"{own}.mlp_norm.weight": [f"{theirs}.post_attention_layernorm.weight"],
+            f"{own}.mlp.gate_up.weight": [f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight"],
+            f"{own}.mlp.down.weight": [f"{theirs}.mlp.down_proj.weight"]}
+    names["norm.weight"] = ["model.norm.weight"]
+    if not config.tie_word_embeddings:
+        names["head.weight"] = ["lm_head.weight"]
+    return names
+
+
+def checkpoint_shapes(config):
+    """{Hugging Face tensor name: shape} of a model of this config, in the order of `checkpoint_names`."""
+    with torch.device("meta"):
+        parameters = dict(Llama(config).named_parameters())
+    kv_rows = config.num_key_value_heads * config.head_dim
+    shapes = {}
+    for own, parts in checkpoint_names(config).items():
+        shape = tuple(parameters[own].shape)
+        rows = {3: [shape[0] - 2 * kv_rows, kv_rows, kv_rows], 2: [shape[0] // 2] * 2, 1: [shape[0]]}[len(parts)]
+        shapes |= {name: (n, *shape[1:]) for name, n in zip(parts, rows)}
+    return shapes
+
+
+@contextlib.contextmanager
+def open_safetensors(path):
+    """safe_open that reports a damaged file, by name, as InputError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged safetensors file ({one_line(error)})") from None
+
+
+def checkpoint_files(directory):
+    """{tensor name: the safetensors file that holds it} of a folder with one file or with shards and their index."""
+    directory = require_dir(directory, "a model (config.json and safetensors files)")
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise InputError(f"{index}: no weight_map; expected tensor names mapped to file names")
+        paths = {name: directory / file for name, file in weight_map.items()}
+        for path in set(paths.values()):
+            if path.parent.resolve() != directory.resolve() or path.name in ("", ".", ".."):
+                raise InputError(f"{index}: names the file {str(path)!r}; expected files of its own folder only")
+            if not path.is_file():
+                raise InputError(f"{path}: no such file; {index.name} expects it")
+        for path in set(paths.values()):
+            with open_safetensors(path) as file:
+                absent = {name for name, holder in paths.items() if holder == path} - set(file.keys())
+            if absent:
+                raise InputError(f"{path}: {listed(absent)} missing; {index.name} expects them there")
+        return paths
+    path = directory / "model.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected model.safetensors or model.safetensors.index.json")
+    with open_safetensors(path) as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def listed(names, most=5):
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_checkpoint(files, config):
+    """Compares every name and shape with what the config asks for; InputError lists what is missing or extra."""
+    expected = checkpoint_shapes(config)
+    folder = next(iter(files.values())).parent if files else "checkpoint"
+    extra = {name for name in set(files) - set(expected) if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        extra.discard("lm_head.weight")  # the same tensor stored twice, as some tools do
+    faults = [f"{what} {listed(names)}" for what, names in
+              (("missing", set(expected) - set(files)), ("not expected", extra)) if names]
+    for path in sorted(set(files.values())):
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 (a safe_open file is no dict)
+                if name in expected and files.get(name) == path:
+                    shape = tuple(file.get_slice(name).get_shape())
+                    if shape != expected[name]:
+                        faults.append(f"{name} is {list(shape)}, expected {list(expected[name])}")
+    if faults:
+        raise InputError(f"{folder}: the tensors do not fit config.json: {'; '.join(faults[:5])}")
+
+
+def read_rows(files, parts, start, stop):
+    """Rows start … stop of the Hugging Face tensors `parts` set one below the other, piece by piece: (offset, tensor).
+
+    The file is memory-mapped anew for each piece of about 16 MB, so no more than that is resident beside the model.
+    """
+    begin = 0
+    for name in parts:
+        with open_safetensors(files[name]) as file:
+            shape = file.get_slice(name).get_shape()
+        step = max(1, (1 << 22) // math.prod(shape[1:]))
+        first, last = max(start - begin, 0), min(stop - begin, shape[0])
+        for row in range(first, last, step):
+            with open_safetensors(files[name]) as file:
+                piece = file.get_slice(name)[row:min(row + step, last)]
+            yield begin + row - start, piece
+        begin += shape[0]
+
+
+def load_model(directory, device="cpu", dtype=torch.bfloat16, seed=0):
+    """The Llama in `directory` (Hugging Face layout), its weights in `dtype` on `device`, ready for inference.
+
+    Built on the meta device and filled from memory-mapped files piece by piece: the peak is the weights. What is stored
+    in more than bf16 becomes bf16 by stochastic rounding, repeatable from `seed`. InputError names what is wrong.
+    """
+    reuse_freed_memory()
+    directory = require_dir(directory, "a model (config.json and safetensors files)")
+    config = LlamaConfig.from_json(directory / "config.json")
+    files = checkpoint_files(directory)
+    check_checkpoint(files, config)
+    with torch.device("meta"):
+        model = Llama(config).to(dtype)
+    model.to_empty(device=device)
+    model.tie_weights()
+    generator = torch.Generator(device).manual_seed(seed)
+    names = checkpoint_names(config)
+    with torch.no_grad():
+        for own, parameter in model.named_parameters():
+            for offset, rows in read_rows(files, names[own], 0, len(parameter)):
+                copy_weights_(parameter[offset:offset + len(rows)], rows.to(device), generator)
+    return model.eval()
+
+
+def save_model(model, directory, *, source=None, dtype=None, seed=0, max_shard_bytes=5_000_000_000):
+    """Writes the model as a folder that transformers and vLLM load; see `write_checkpoint`."""
+    parameters = dict(model.named_parameters())
+    write_checkpoint(directory, model.config, parameters.__getitem__, source=source, seed=seed,
+                     dtype=dtype or model.norm.weight.dtype, max_shard_bytes=max_shard_bytes)
+
+
+def write_checkpoint(directory, config, parameter, *, source=None, dtype=torch.bfloat16, seed=0,
+                     max_shard_bytes=5_000_000_000, finish=None):
+    """Writes config.json, safetensors shards and their index, aside and renamed; tied weights are stored once.
+
+    `parameter(name)` gives our parameter of that name, whole; it is asked for one at a time. fp32 becomes bf16 by
+    stochastic rounding from `seed`. Tokenizer and generation settings are copied from the folder `source`;
+    `finish(folder)` may add files (a model card) before the folder gets its name.
+    """
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    shards, size = [[]], 0  # lists of our parameter names
+    shapes = checkpoint_shapes(config)
+    for own, parts in checkpoint_names(config).items():
+        n_bytes = sum(math.prod(shapes[part]) for part in parts) * itemsize
+        if shards[-1] and size + n_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(own)
+        size += n_bytes
+    with written_aside(directory) as aside:
+        aside.mkdir()
+        weight_map, generator = {}, torch.Generator("cpu").manual_seed(seed)
+        for number, names in enumerate(shards, 1):
+            file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else "model.safetensors"
+            tensors = {}
+            for own in names:
+                whole = parameter(own).detach().cpu()
+                kept = torch.empty(whole.shape, dtype=dtype)
+                copy_weights_(kept, whole, generator)
+                parts = checkpoint_names(config)[own]
+                tensors |= dict(zip(parts, kept.split([shapes[part][0] for part in parts])))
+            save_file(tensors, aside / file_name, metadata={"format": "pt"})
+            (aside / file_name).chmod(0o644)  # safetensors makes a file that only its owner may read
+            weight_map |= dict.fromkeys(tensors, file_name)
+        if shards[1:]:
+            total = sum(math.prod(shape) for shape in shapes.values()) * itemsize
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        for name in COPIED_FILES if source else ():
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, aside / name)
+        raw = {"torch_dtype": str(dtype).removeprefix("torch.")} | config.to_json()
+        if source:
+            given = read_json(Path(source) / "config.json")
+            raw = {key: given[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in given} | raw
+        (aside / "config.json").write_text(json.dumps(raw, indent=2))
+        if finish:
+            finish(aside)
+
+
+COPIED_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                "generation_config.json", "chat_template.jinja", "LICENSE", "LICENSE.txt", "USE_POLICY.md")
+
+
+def stop_ids_of(directory):
+    """The end-of-text ids of generation_config.json, or of config.json where that has none; a set, empty if neither."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(directory) / name
+        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+        if ids is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(isinstance(one, int) for one in ids):
+                raise InputError(f"{path}: eos_token_id is {json.dumps(ids)}; expected a number or a list of numbers")
+            return set(ids)
+    return set()
