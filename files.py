@@ -56,7 +56,7 @@ def reuse_freed_memory():
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: blocks below 32 MB come from the heap; larger ones would leave holes
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and stay there
 
 

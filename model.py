@@ -191,22 +191,50 @@ def causal_attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
-LOGITS_CHUNK = 1024  # positions whose logits exist at the same time
+class TokenLogps(torch.autograd.Function):
+    """log p(label) = logit[label] - logsumexp(logits) in fp32, a chunk of positions at a time.
+
+    At most [chunk, V] logits exist, and none are kept: backward computes them again from the logsumexp that is. Its
+    d logits = grad * (onehot(label) - softmax) is written over them, and what the chunks add to the weight's gradient
+    is summed in fp32, where bf16 would lose the small ones.
+    """
+    @staticmethod
+    def forward(ctx, h, weight, labels):
+        logps, normalizers, wide = [], [], weight.to(h.dtype)
+        for part, own_labels in zip(*TokenLogps.chunks(h, labels)):
+            logits = F.linear(part, wide).float()
+            normalizers.append(logits.logsumexp(-1))
+            logps.append(logits.gather(-1, own_labels[:, None])[:, 0] - normalizers[-1])
+        ctx.save_for_backward(h, weight, labels, torch.cat(normalizers))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, weight, labels, normalizers = ctx.saved_tensors
+        wide = weight.to(h.dtype)
+        grad_h = torch.empty_like(h)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for part, own_labels, z, g, out in zip(*TokenLogps.chunks(h, labels, normalizers, grad, grad_h)):
+            d = F.linear(part, wide).float().sub_(z[:, None]).exp_().mul_(-g[:, None])
+            d.scatter_add_(-1, own_labels[:, None], g[:, None])
+            d = d.to(h.dtype)
+            torch.mm(d, wide, out=out)
+            if grad_weight is not None:
+                grad_weight.addmm_(d.T, part) if d.dtype == torch.float32 else grad_weight.add_(d.T @ part)
+        return grad_h, None if grad_weight is None else grad_weight.to(weight.dtype), None
+
+    @staticmethod
+    def chunks(h, *others):
+        """Every tensor cut along positions; small on a CPU, where page faults cost more than calls, large on a GPU."""
+        return [tensor.split(LOGITS_CHUNK[h.device.type != "cpu"]) for tensor in (h, *others)]
+
+
+LOGITS_CHUNK = (128, 1024)  # positions whose logits exist at the same time, on a CPU and on a GPU
 
 
 def token_logps(h, weight, labels):
-    """log p(label) in fp32 for hidden states h [N, D], head weight [V, D], labels [N] (each a real one) -> [N].
-
-    logit[label] - logsumexp(logits), in chunks of positions, so that at most [LOGITS_CHUNK, V] logits exist. With
-    several chunks each is checkpointed: backward computes its logits again instead of keeping them.
-    """
-    def one(h, labels):
-        logits = linear(h, weight).float()
-        return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
-    if len(labels) <= LOGITS_CHUNK:
-        return one(h, labels)
-    return torch.cat([checkpoint(one, part, own_labels, use_reentrant=False)
-                      for part, own_labels in zip(h.split(LOGITS_CHUNK), labels.split(LOGITS_CHUNK))])
+    """log p(label) in fp32 for hidden states h [N, D], head weight [V, D], labels [N] (each a real one) -> [N]."""
+    return TokenLogps.apply(h, weight, labels) if len(labels) else h.sum(-1).float()
 
 # ----- the model -----------------------------------------------------------------------------------------------------
 

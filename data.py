@@ -1,0 +1,463 @@
+"""Text to tokens: tokenizers, the chat templates, and the loss mask.
+
+A conversation becomes ids and a mask that marks what is trained: the assistant's words and its end-of-turn token,
+nothing else. Three rules, each of which others broke (README, "What is trained"):
+  1. Control tokens come from the template alone; `<|eot_id|>` typed in a question is ordinary text.
+  2. Segments are tokenised apart and their ids joined, so the border between prompt and answer is exact.
+  3. The mask goes by position, never by `id == pad`, for pad and end-of-turn are often the same id.
+"""
+import hashlib
+import heapq
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import sentencepiece
+import tokenizers
+import torch
+
+from files import InputError, one_line, read_json, read_jsonl, require_dir
+
+# ----- tokenizer -----------------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """A vocabulary with its chat template: "llama3", "chatml", "llama2", or None where it is none of these."""
+
+    def __init__(self, encode, decode, special, template, size):
+        self._encode, self._decode = encode, decode
+        self.special = special  # {control token: id}
+        self.template = template
+        self.size = size
+
+    @classmethod
+    def from_dir(cls, directory):
+        """Reads tokenizer.json (Hugging Face tokenizers) or tokenizer.model (sentencepiece) in `directory`."""
+        directory = require_dir(directory, "a model (with tokenizer.json or tokenizer.model)")
+        if (directory / "tokenizer.json").is_file():
+            return cls.from_tokenizer_json(directory / "tokenizer.json")
+        if (directory / "tokenizer.model").is_file():
+            return cls.from_sentencepiece(directory / "tokenizer.model")
+        raise InputError(f"{directory}: no tokenizer; expected tokenizer.json or tokenizer.model")
+
+    @classmethod
+    def from_tokenizer_json(cls, path):
+        raw = read_json(path)
+        added = raw.get("added_tokens") or []
+        try:
+            for token in added:  # also those not marked special would otherwise be found in a user's text
+                token["special"] = True
+            inner = tokenizers.Tokenizer.from_str(json.dumps(raw))
+            inner.no_padding()
+            inner.no_truncation()
+            inner.encode_special_tokens = True  # not kept by saving: set at every load
+            special = {token["content"]: token["id"] for token in added}
+            inner.encode("0 a\n")  # a pattern that the engine cannot run fails here, not in the middle of a run
+        except BaseException as error:  # the Rust side panics with a BaseException
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise InputError(f"{path}: not a tokenizer that can be used ({one_line(error)})") from None
+
+        def encode(text):
+            return inner.encode(text, add_special_tokens=False).ids
+
+        def decode(ids):
+            return inner.decode(ids, skip_special_tokens=False)
+        if {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"} <= set(special):
+            template = "llama3"
+        elif {"<|im_start|>", "<|im_end|>"} <= set(special):
+            template = "chatml"
+        elif raw.get("model", {}).get("byte_fallback") and {"<s>", "</s>"} <= set(special):
+            template = "llama2"  # a sentencepiece vocabulary converted to tokenizer.json
+        else:
+            template = None
+        return cls(encode, decode, special, template, inner.get_vocab_size())
+
+    @classmethod
+    def from_sentencepiece(cls, path):
+        try:
+            inner = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"{path}: not a sentencepiece model ({one_line(error)})") from None
+        special = {inner.id_to_piece(i): i for i in range(inner.vocab_size()) if inner.is_control(i)}
+        template = "llama2" if {"<s>", "</s>"} <= set(special) else None
+
+        def decode(ids):  # piece by piece, for sentencepiece drops control tokens
+            text, run = "", []
+            for i in ids:
+                if inner.is_control(i):
+                    text, run = text + inner.decode(run) + inner.id_to_piece(i), []
+                else:
+                    run.append(i)
+            return text + inner.decode(run)
+        return cls(inner.encode, decode, special, template, inner.vocab_size())
+
+    def encode(self, text):
+        """text -> list of ids. Never a control id, whatever the text; no BOS: that is the template's."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"text with half of a surrogate pair at character {error.start}; "
+                             "expected valid Unicode") from None
+        return self._encode(text)
+
+    def decode(self, ids):
+        """ids -> text, control tokens written out; bytes that are no UTF-8 become U+FFFD."""
+        return self._decode(list(ids))
+
+    def end_of_turn(self):
+        """The id of the token with which the assistant ends its turn."""
+        return self.special[{"llama3": "<|eot_id|>", "chatml": "<|im_end|>", "llama2": "</s>"}[self.template]]
+
+
+def stream_text(tokenizer, ids):
+    """Yields the text of an iterable of ids piece by piece, never half a character.
+
+    Decodes a short window again with each id (what a token reads as can depend on the one before it) and holds text
+    back while it ends in U+FFFD, that is, in the middle of a UTF-8 sequence. Control tokens are left out.
+    """
+    control = set(tokenizer.special.values())
+    window, shown = [], ""  # ids since the last clean cut, and the part of their text that was yielded
+    for i in ids:
+        if i in control:
+            continue
+        window.append(i)
+        text = tokenizer.decode(window)
+        if text.endswith("\ufffd") and len(window) < 16:  # no character is longer; a model may also mean U+FFFD
+            continue
+        if text[len(shown):]:
+            yield text[len(shown):]
+        window = window[-4:]
+        shown = tokenizer.decode(window)
+        while window and shown.startswith("\ufffd"):  # do not begin inside a character
+            window = window[1:]
+            shown = tokenizer.decode(window)
+    text = tokenizer.decode(window)
+    if text[len(shown):]:
+        yield text[len(shown):]
+
+# ----- chat templates ------------------------------------------------------------------------------------------------
+
+# What the official templates put first. Llama 3.1's is a fixed date unless told otherwise: a template that reads the
+# clock would train and answer on other prompts every day.
+LLAMA3_SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+CHATML_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+def render_chat(tokenizer, messages, add_generation_prompt=False):
+    """messages [{"role": "system" | "user" | "assistant", "content": str}, …] -> (ids, loss_mask), two equal lists.
+
+    loss_mask is True on the assistant's content and its end-of-turn token. The ids are those of the official template
+    of the vocabulary (Llama 3.1, SmolLM2's ChatML, Llama 2). With `add_generation_prompt` the ids end where the
+    assistant is to begin. InputError for a vocabulary without a known template and for malformed messages.
+    """
+    system, turns = check_messages(messages)
+    ids, mask = [], []
+
+    def control(*names, trained=False):
+        ids.extend(tokenizer.special[name] for name in names)
+        mask.extend([trained] * len(names))
+
+    def text(string, trained=False):
+        new = tokenizer.encode(string)
+        ids.extend(new)
+        mask.extend([trained] * len(new))
+
+    if tokenizer.template == "llama3":
+        def header(role):
+            control("<|start_header_id|>")
+            text(role)
+            control("<|end_header_id|>")
+            text("\n\n")
+        control("<|begin_of_text|>")
+        turns = [("system", LLAMA3_SYSTEM + (system or "").strip()), *turns]
+        for role, content in turns:
+            header(role)
+            text(content if role == "system" else content.strip(), trained=role == "assistant")
+            control("<|eot_id|>", trained=role == "assistant")
+        if add_generation_prompt:
+            header("assistant")
+    elif tokenizer.template == "chatml":
+        for role, content in [("system", CHATML_SYSTEM if system is None else system), *turns]:
+            control("<|im_start|>")
+            if role == "assistant":
+                text("assistant\n")
+                text(content, trained=True)
+            else:
+                text(f"{role}\n{content}")
+            control("<|im_end|>", trained=role == "assistant")
+            text("\n")
+        if add_generation_prompt:
+            control("<|im_start|>")
+            text("assistant\n")
+    elif tokenizer.template == "llama2":  # every exchange is a sequence of its own, with its own BOS and EOS
+        for i, (role, content) in enumerate(turns):
+            if role != ("user", "assistant")[i % 2]:
+                raise InputError(f"message {i + 1} is from {role!r}; Llama 2's template expects user and assistant "
+                                 "in turn")
+            if role == "user":
+                opening = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if i == 0 and system is not None else ""
+                control("<s>")
+                text(f"[INST] {(opening + content).strip()} [/INST]")
+            else:
+                text(content.strip() + " ", trained=True)
+                control("</s>", trained=True)
+    else:
+        raise InputError("the tokenizer has no known chat template; expected <|start_header_id|> (Llama 3), "
+                         "<|im_start|> (ChatML) or a sentencepiece vocabulary (Llama 2) among its control tokens")
+    return ids, mask
+
+
+# render_chat once more, in Jinja, for programs that read the template from a model's folder; tests compare the two.
+CHAT_TEMPLATES = {
+    "llama3": (
+        "<|begin_of_text|>{% set system = messages[0]['content'] | trim if messages[0]['role'] == 'system' else '' %}"
+        "{{ '<|start_header_id|>system<|end_header_id|>\\n\\n" + LLAMA3_SYSTEM.replace("\n", "\\n")
+        + "' + system + '<|eot_id|>' }}"
+        "{% for message in messages %}{% if message['role'] != 'system' %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim"
+        " + '<|eot_id|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"),
+    "chatml": (
+        "{% if messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\\n" + CHATML_SYSTEM + "<|im_end|>\\n' }}{% endif %}"
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"),
+    "llama2": (
+        "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else none %}"
+        "{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{% if system is not none and loop.index0 == 1 %}"
+        "{{ '<s>[INST] ' + ('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content']) | trim + ' [/INST]' }}"
+        "{% else %}{{ '<s>[INST] ' + message['content'] | trim + ' [/INST]' }}{% endif %}"
+        "{% elif message['role'] == 'assistant' %}{{ message['content'] | trim + ' </s>' }}{% endif %}{% endfor %}"),
+}
+
+
+def check_messages(messages):
+    """(system text or None, [(role, content), …]) of a list of messages; InputError says what is malformed."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError("found no messages; expected a list of {role, content}")
+    turns = []
+    for i, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        content = message.get("content") if isinstance(message, dict) else None
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise InputError(f"message {i + 1} has role {role!r} and content of type {type(content).__name__}; "
+                             "expected role system, user or assistant and a string")
+        if role == "system" and i > 0:
+            raise InputError(f"message {i + 1} is a system message; expected one only at the start")
+        turns.append((role, content))
+    system = turns.pop(0)[1] if turns[0][0] == "system" else None
+    if not turns:
+        raise InputError("found only a system message; expected a user's message after it")
+    return system, turns
+
+
+# ----- records -------------------------------------------------------------------------------------------------------
+
+
+def messages_of(record):
+    """The conversation of one data row as messages that end with the assistant's answer. InputError if it has none.
+
+    Reads FineMed-SFT's columns (instruction, response), FineMed-DPO's and TRL's (prompt, chosen; either may be a string
+    or a list of messages), prompt/response, prompt/completion and messages.
+    """
+    if "messages" in record:
+        messages = record["messages"]
+        if not isinstance(messages, list):
+            raise InputError(f"messages is of type {type(messages).__name__}; expected a list of {{role, content}}")
+    else:
+        messages = _side(record, ("instruction", "prompt"), "user") \
+            + _side(record, ("response", "chosen", "completion"), "assistant")
+    _, turns = check_messages(messages)
+    if turns[-1][0] != "assistant" or not turns[-1][1].strip():
+        raise InputError(f"the last message is {'empty' if turns[-1][0] == 'assistant' else 'from the user'}; "
+                         "expected the assistant's answer")
+    return messages
+
+
+def _side(record, keys, role):
+    for key in keys:
+        value = record.get(key)
+        if isinstance(value, str) and value.strip():
+            return [{"role": role, "content": value}]
+        if isinstance(value, list) and value:
+            return value
+    raise InputError(f"found no text under {' or '.join(keys)} (keys: {', '.join(sorted(record)) or 'none'})")
+
+
+def question_of(record, field="instruction"):
+    """The question a row asks: the string under `field`, else the last user message of its conversation."""
+    value = record.get(field)
+    if isinstance(value, str) and value.strip():
+        return value
+    turns = [message for message in messages_of(record) if message["role"] == "user"]
+    if not turns:
+        raise InputError(f"found no question: neither {field!r} nor a user message")
+    return turns[-1]["content"]
+
+
+def training_example(tokenizer, messages, max_length=None):
+    """messages -> (ids, labels), two lists of one length; label t is the token wanted after position t, or -100.
+
+    The last token of the conversation is only ever a label. With `max_length` the end of the answer is cut, never the
+    prompt; nothing may be left to train, which the caller sees as labels that are all -100.
+    """
+    ids, mask = render_chat(tokenizer, messages)
+    labels = [i if trained else -100 for i, trained in zip(ids[1:], mask[1:])]
+    return ids[:-1][:max_length], labels[:max_length]
+
+# ----- training rows -------------------------------------------------------------------------------------------------
+
+
+def draw_rows(paths, count, seed, *, on_bad_row="stop", kind=None):
+    """`count` rows drawn from jsonl files (plain or .gz), in random order: ([(where, messages), …], report).
+
+    One pass that holds only the rows it will return: each row has a random number that depends on `seed` and its place
+    alone, and the `count` smallest win. All rows if there are fewer. `kind` leaves out rows whose instruction_type is
+    another one. A wrong row raises InputError ("stop") or is counted ("skip"). The report counts what was "read",
+    "bad" and "other kind", "files" holds the rows read from each file, and "faults" describes the first bad ones.
+    """
+    counts, per_file, faults = Counter(), Counter(), []
+
+    def good_rows():
+        for place, path in enumerate(paths):
+            for number, row in read_jsonl(path):
+                counts["read"] += 1
+                per_file[str(path)] += 1
+                error, messages = row, None
+                if not isinstance(row, InputError):
+                    error, messages = parse_messages(row, f"{path}:{number}")
+                if error:
+                    note_bad_row(error, on_bad_row, counts, faults)
+                elif kind and row.get("instruction_type", kind) != kind:
+                    counts["other kind"] += 1
+                else:
+                    yield random_number(seed, place, number), (f"{path}:{number}", messages)
+    drawn = heapq.nsmallest(count, good_rows(), key=lambda keyed: keyed[0])
+    return [row for _, row in drawn], {**counts, "files": dict(per_file), "faults": faults}
+
+
+def parse_messages(record, where):
+    """(None, messages) of a row, or (the InputError that says where and what is wrong, None)."""
+    try:
+        return None, messages_of(record)
+    except InputError as error:
+        return InputError(f"{where}: {error}"), None
+
+
+def note_bad_row(error, on_bad_row, counts, faults):
+    if on_bad_row == "stop":
+        raise error
+    counts["bad"] += 1
+    faults.extend([str(error)][:5 - len(faults)] if len(faults) < 5 else [])
+
+
+def random_number(*parts):
+    """A 64-bit number that is a fixed function of `parts`, the same on every machine and for every library version."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
+
+
+def render_rows(tokenizer, rows, max_length, *, on_bad_row="stop"):
+    """[(where, messages)] -> ([(where, ids, labels)], report); ids and labels are int32 arrays, see training_example.
+
+    An answer that does not fit loses its end ("truncated"), a row with nothing left to train is dropped ("dropped").
+    """
+    examples, counts, faults = [], Counter(), []
+    for where, messages in rows:
+        try:
+            ids, labels = training_example(tokenizer, messages)
+        except InputError as error:
+            note_bad_row(InputError(f"{where}: {error}"), on_bad_row, counts, faults)
+            continue
+        counts["truncated"] += len(ids) > max_length
+        labels = np.array(labels[:max_length], dtype=np.int32)
+        if (labels != -100).any():
+            examples.append((where, np.array(ids[:max_length], dtype=np.int32), labels))
+        else:
+            counts["dropped"] += 1
+    return examples, {**counts, "faults": faults}
+
+
+def show_example(tokenizer, ids, labels, colour=True):
+    """The text of one rendered row, what is trained in green (or between ⟦ and ⟧); `labels` as training_example's."""
+    begin, end = ("\x1b[30;42m", "\x1b[0m") if colour else ("⟦", "⟧")
+    last = [int(labels[-1])] if labels[-1] != -100 else []  # the final token is only ever a label
+    tokens = [int(i) for i in ids] + last
+    trained = [False, *(label != -100 for label in labels)][:len(tokens)]
+    text, start = "", 0
+    for t in range(1, len(tokens) + 1):
+        if t == len(tokens) or trained[t] != trained[start]:
+            piece = tokenizer.decode(tokens[start:t])
+            text += begin + piece + end if trained[start] else piece
+            start = t
+    return text
+
+# ----- batches -------------------------------------------------------------------------------------------------------
+
+
+def steps_of_epochs(lengths, *, batch_size, budget, seed, rank=0, world=1, consumed=0):
+    """Yields (row numbers of one optimizer step, [row numbers of each of this rank's micro-batches]), without end.
+
+    Epoch e goes through permutation(seed, e) of the rows, `batch_size` a step (its last step may have fewer), so the
+    rows of a step depend neither on the number of ranks nor on the budget, and `consumed` rows say where to go on: a
+    resume with another world size sees every row exactly once all the same.
+    """
+    n = len(lengths)
+    while True:
+        epoch, done = divmod(consumed, n)
+        order = sorted(range(n), key=lambda row: random_number(seed, epoch, row))
+        for start in range(done, n, batch_size):
+            rows = order[start:start + batch_size]
+            bins = split_step([lengths[row] for row in rows], budget, world)
+            yield rows, [[rows[i] for i in own] for own in bins[rank::world]]
+        consumed = (epoch + 1) * n
+
+
+def split_step(lengths, budget, world=1):
+    """Divides rows into micro-batches of about equal numbers of tokens, at most `budget`: lists of indices.
+
+    Rows are sorted by length and cut into consecutive parts, so that a part holds rows of similar length and rank r's
+    i-th part (number i · world + r) costs about what the other ranks' do. The number of parts is a multiple of
+    `world`; a part may be empty, and a row longer than the budget is a part of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    total = sum(lengths)
+    count = world * max(1, math.ceil(total / (budget * world)))
+    while True:
+        bins, before = [[] for _ in range(count)], 0
+        for i in order:  # a row belongs to the part in which its middle falls
+            bins[int((before + lengths[i] / 2) * count / total)].append(i)
+            before += lengths[i]
+        if all(len(own) <= 1 or sum(lengths[i] for i in own) <= budget for own in bins):
+            return bins
+        count += world
+
+
+def collate(examples, packed=None):
+    """[(where, ids, labels)] -> one micro-batch: a dict of ids and labels [B, T] int64, positions and documents.
+
+    Packed, the rows lie one behind the other in a single row [1, sum of lengths]: `documents` are their lengths, for a
+    block-diagonal mask, and `positions` [T] begin at 0 in each. Otherwise the rows lie one below the other, padded at
+    their end, where causal attention does not look (documents and positions None). By default packed unless padding
+    adds less than 2 %: measured on two cores (SmolLM2's attention, 1,024 tokens, forward and backward), four documents
+    of 256 take 45 ms packed and 47 padded, documents of 600, 300, 100 and 24 take 67 packed, 187 padded, and 153 under
+    one block-diagonal mask; everything outside attention costs by the token. On a GPU one call is better than several.
+    No examples make a micro-batch of one untrained token: a rank without rows takes part in every collective.
+    """
+    if not examples:
+        examples = [(None, np.zeros(1, np.int32), np.full(1, -100, np.int32))]
+    lengths = [len(ids) for _, ids, _ in examples]
+    if packed is None:
+        packed = len(lengths) * max(lengths) > 1.02 * sum(lengths)
+    if packed:
+        ids, labels = (torch.from_numpy(np.concatenate(part)).long()[None] for part in list(zip(*examples))[1:])
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        return {"ids": ids, "labels": labels, "positions": positions, "documents": lengths}
+    ids, labels = (torch.full((len(lengths), max(lengths)), empty, dtype=torch.long) for empty in (0, -100))
+    for i, (_, own_ids, own_labels) in enumerate(examples):
+        ids[i, :lengths[i]] = torch.from_numpy(own_ids)
+        labels[i, :lengths[i]] = torch.from_numpy(own_labels)
+    return {"ids": ids, "labels": labels, "positions": None, "documents": None}

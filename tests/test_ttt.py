@@ -1,0 +1,475 @@
+"""ttt.py: what a step does to the loss, that nothing of it remains, and the program around it."""
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import model as M
+import retrieve
+import ttt
+from files import InputError, run_main
+
+CONFIG = M.LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                       num_key_value_heads=2, head_dim=16, max_position_embeddings=256, rope_scaling=None,
+                       tie_word_embeddings=True)
+
+
+def tiny(dtype=torch.bfloat16, seed=0):
+    return M.Llama(CONFIG).to(dtype).init_weights(seed).eval()
+
+
+def tiny_examples(n=2, length=24):
+    rng = random.Random(1)
+    examples = []
+    for _ in range(n):
+        ids = [rng.randrange(97) for _ in range(length)]
+        examples.append((ids[:-1], [-100] * 6 + ids[7:]))
+    return examples
+
+
+def bits(model):
+    return [parameter.detach().clone().view(torch.uint8) for parameter in model.parameters()]
+
+
+def same(model, before):
+    return all(torch.equal(now, then) for now, then in zip(bits(model), before))
+
+
+# ----- the update ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("optimizer", ["signsgd", "adamw", "sgd"])
+def test_fp32_steps_equal_torch_optimizers(optimizer):
+    """Two steps on each of two examples, against torch.optim on an independently computed loss."""
+    ours, theirs = tiny(torch.float32), tiny(torch.float32)
+    if optimizer == "sgd":
+        reference = torch.optim.SGD(theirs.parameters(), lr=1e-4)
+    for ids, labels in tiny_examples():
+        for _ in range(2):
+            if optimizer == "signsgd" or (optimizer == "adamw" and "reference" not in locals()):
+                reference = torch.optim.Adam(theirs.parameters(), lr=1e-4)  # signsgd is a fresh Adam every time
+            logits = theirs(torch.tensor([ids]))[0]
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels), ignore_index=-100)
+            reference.zero_grad()
+            loss.backward()
+            reference.step()
+    update = ttt.make_update(optimizer, 1e-4, torch.Generator().manual_seed(0))
+    ttt.take_steps(ours, tiny_examples(), update, steps=2)
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        # to a hundredth of a step; but a gradient that is itself rounding noise has a step of either sign
+        assert ((a - b).abs() <= 1e-6).float().mean() > 0.995, optimizer
+
+
+def test_bf16_steps_have_the_fp32_step_as_their_mean():
+    exact, rounded = tiny(torch.float32), tiny(torch.bfloat16)
+    exact.load_state_dict({name: weight.float() for name, weight in rounded.state_dict().items()})
+    start = [parameter.detach().double().clone() for parameter in exact.parameters()]
+    ttt.take_steps(exact, tiny_examples(1), ttt.make_update("signsgd", 1e-5, None), 1)
+    ttt.take_steps(rounded, tiny_examples(1), ttt.make_update("signsgd", 1e-5, torch.Generator().manual_seed(0)), 1)
+    moved_exact = torch.cat([(p.double() - s).flatten() for p, s in zip(exact.parameters(), start)])
+    moved = torch.cat([(p.double() - s).flatten() for p, s in zip(rounded.parameters(), start)])
+    direction = moved_exact.sign()
+    assert abs((moved * direction).mean() / (moved_exact * direction).mean() - 1) < 0.15
+    nearest = torch.cat([(s + m.view_as(s)).bfloat16().double().sub(s).flatten() for s, m in
+                         zip(start, moved_exact.split([s.numel() for s in start]))])
+    assert (nearest * direction).mean() < 0.2 * (moved * direction).mean()
+
+
+def test_gradients_are_gone_before_the_next_is_complete():
+    """While the last gradient is used no other exists: the memory of adaptation is one gradient, not all."""
+    model, alive = tiny(), []
+
+    def update(weight, grad):
+        alive.append(sum(parameter.grad is not None for parameter in model.parameters()))
+    ttt.take_steps(model, tiny_examples(1), update, 1)
+    assert alive == [0] * len(list(model.parameters()))
+
+
+def test_the_step_survives_in_the_real_model_and_rounding_to_nearest_would_lose_it(smollm2, monkeypatch):
+    """The paper's rate 1e-5, one step, a trace of demo/data cut to 300 tokens; the loss is computed with the weights
+    that generate. fp32 weights give the fall that is possible; bf16 as shipped must keep ≥ 90 % of it."""
+    tokenizer = data.Tokenizer.from_dir(smollm2)
+    row = json.loads((ROOT / "demo/data/traces.jsonl").read_text().splitlines()[0])
+    example = data.training_example(tokenizer, data.messages_of(row), 300)
+
+    def fall(dtype):
+        with ttt.adapted(M.load_model(smollm2, dtype=dtype), [example], lr=1e-5) as report:
+            assert report.applied
+            return report.loss_before - report.loss_after
+    exact, shipped = fall(torch.float32), fall(torch.bfloat16)
+    monkeypatch.setattr(ttt, "stochastic_round_", lambda target, source, generator: target.copy_(source))
+    nearest = fall(torch.bfloat16)
+    assert exact > 0.1 and shipped >= 0.9 * exact and nearest < 0.2 * exact, (exact, shipped, nearest)
+
+# ----- restore -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw", "lr": 1e-2, "steps": 3},
+                                      {"optimizer": "sgd", "lr": 1.0}, {"activation_checkpointing": False},
+                                      {"dtype": torch.float32}])
+def test_everything_is_as_it_was(settings):
+    settings = dict(settings)
+    model = tiny(settings.pop("dtype", torch.bfloat16))
+    model.register_buffer("counter", torch.arange(3))
+    model.train()
+    model.layers[1].eval()
+    model.layers[0].attention.qkv.weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    before, rng, digest = bits(model), torch.get_rng_state(), ttt.digest(model)
+    with ttt.adapted(model, tiny_examples(), **settings) as report:
+        assert report.applied and not same(model, before) and not report.restored
+        assert model.head.weight is model.embed.weight
+        torch.rand(7)
+        model.eval()
+        model.counter += 1
+        model.requires_grad_(False)
+    assert report.restored and same(model, before) and ttt.digest(model) == digest
+    assert model.counter.tolist() == [0, 1, 2] and torch.equal(torch.get_rng_state(), rng)
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(layer.checkpointing for layer in model.layers)
+
+
+def test_tied_weights_are_copied_once():
+    snapshot = ttt.Snapshot(tiny())
+    assert "embed.weight" in snapshot.weights and "head.weight" not in snapshot.weights
+
+
+def test_200_cycles_change_nothing_and_leak_nothing():
+    model, examples = tiny(), tiny_examples()
+    before, digest, process = bits(model), ttt.digest(model), psutil.Process()
+    for cycle in range(200):
+        with ttt.adapted(model, examples, seed=cycle, optimizer=("signsgd", "adamw")[cycle % 2]):
+            list(M.generate(model, [1, 2, 3], max_new_tokens=3))
+        assert ttt.digest(model) == digest
+        if cycle == 20:  # allocators and thread pools have warmed up
+            resident = process.memory_info().rss
+    assert same(model, before) and process.memory_info().rss - resident <= 5 << 20
+
+
+class Sudden(BaseException):
+    pass
+
+
+KINDS = {"ValueError": ValueError, "KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit,
+         "MemoryError": MemoryError, "BaseException": Sudden, "SIGTERM": SystemExit}
+POINTS = ["before the first forward", "first gradient", "middle gradient", "last gradient", "loss afterwards",
+          "start of the block", "while generating", "end of the block"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("point", POINTS)
+def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
+    model, left = tiny(), []
+    before = bits(model)
+
+    def strike():
+        left.append(point)
+        if kind == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # the handler runs at the next instruction
+        raise KINDS[kind]("struck")
+    updates = len(list(model.parameters()))
+    strike_at = {"first gradient": 1, "middle gradient": updates // 2, "last gradient": updates}.get(point)
+    make_update, example_loss, losses = ttt.make_update, ttt.example_loss, []
+
+    def striking_update(*args):
+        update, count = make_update(*args), []
+
+        def counted(weight, grad):
+            update(weight, grad)
+            count.append(weight)
+            if len(count) == strike_at:
+                strike()
+        return counted
+
+    def striking_loss(*args):
+        losses.append(1)
+        if len(losses) == {"before the first forward": 1, "loss afterwards": 2}.get(point):
+            strike()
+        return example_loss(*args)
+    monkeypatch.setattr(ttt, "make_update", striking_update)
+    monkeypatch.setattr(ttt, "example_loss", striking_loss)
+
+    def terminated(signum, frame):
+        raise SystemExit("struck")
+    old_handler = signal.signal(signal.SIGTERM, terminated)
+    try:
+        with pytest.raises(KINDS[kind], match="struck"), ttt.adapted(model, tiny_examples(1)) as report:
+            if point == "start of the block":
+                strike()
+            for _ in M.generate(model, [1, 2], max_new_tokens=4):
+                if point == "while generating":
+                    strike()
+            if point == "end of the block":
+                strike()
+    finally:
+        signal.signal(signal.SIGTERM, old_handler)
+    assert left == [point] and same(model, before) and model.unusable is None
+    assert all(parameter.grad is None and not parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    monkeypatch.undo()
+    with ttt.adapted(model, tiny_examples(1)) as report:  # and it still works
+        assert report.applied
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_interrupt_during_the_restore_waits_until_it_is_done(times, monkeypatch):
+    model = tiny()
+    before, restore, struck = bits(model), ttt.Snapshot.restore, []
+
+    def interrupted(self):
+        if len(struck) < times:
+            struck.append(1)
+            next(iter(self.model.parameters())).data.zero_()  # half-way
+            raise KeyboardInterrupt
+        restore(self)
+    monkeypatch.setattr(ttt.Snapshot, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt), ttt.adapted(model, tiny_examples(1)) as report:
+        pass
+    assert report.restored and same(model, before)
+
+
+def test_a_model_that_could_not_be_restored_refuses_to_run(monkeypatch):
+    model = tiny()
+    with pytest.raises(RuntimeError, match="could not be restored"), ttt.adapted(model, tiny_examples(1)):
+        monkeypatch.setattr(ttt, "state_of", lambda model: list(model.named_parameters())[:-1])  # one is forgotten
+    monkeypatch.undo()
+    for use in (lambda: model(torch.tensor([[1]])), lambda: next(M.generate(model, [1])),
+                lambda: ttt.adapted(model, tiny_examples(1)).__enter__()):
+        with pytest.raises(RuntimeError, match="could not be restored"):
+            use()
+
+
+def test_two_questions_at_once_are_kept_apart():
+    model, examples = tiny(), tiny_examples(4)
+    before, alone, together = bits(model), {}, {}
+
+    def ask(i, answers):
+        with ttt.adapted(model, [examples[i]], lr=1e-2):
+            answers[i] = list(M.generate(model, [1, 2, 3], max_new_tokens=20, temperature=0))
+    for i in range(4):
+        ask(i, alone)
+    threads = [threading.Thread(target=ask, args=(i, together)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone and len({tuple(answer) for answer in alone.values()}) > 1 and same(model, before)
+
+
+@pytest.mark.parametrize("examples, reason", [
+    ([], "no neighbour"), ([([1, 2], [-100, -100])], "no neighbour")])
+def test_without_a_neighbour_the_answer_is_the_models_own(examples, reason):
+    model = tiny()
+    with ttt.adapted(model, examples) as report:
+        assert not report.applied and reason in report.reason
+    assert report.restored
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "loss afterwards"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_gives_the_models_own_answer_and_the_reason(what, value, monkeypatch):
+    model = tiny()
+    before, calls, example_loss = bits(model), [], ttt.example_loss
+    if what == "gradient":
+        def poison(grad):
+            grad = grad.clone()
+            grad.view(-1)[3] = value
+            return grad
+        model.layers[1].mlp.down.weight.register_hook(poison)
+
+    def faulty(*args):
+        calls.append(1)
+        return example_loss(*args) + (value if len(calls) == {"loss": 1, "loss afterwards": 2}.get(what) else 0)
+    monkeypatch.setattr(ttt, "example_loss", faulty)
+    with ttt.adapted(model, tiny_examples(1)) as report:
+        assert not report.applied and what.split()[0] in report.reason and same(model, before)
+    assert report.restored and same(model, before)
+
+# ----- the program ---------------------------------------------------------------------------------------------------
+
+QUESTIONS = ["What causes a fever?", "How is asthma treated?", "Why does the thyroid swell?", "What is sepsis?",
+             "When is surgery needed for appendicitis?", "How does insulin work?", "What is a stroke?",
+             "Which drugs harm the kidney?", "What is glaucoma?", "How is pre-eclampsia recognised?"]
+
+
+@pytest.fixture(scope="session")
+def toy(smollm2, minilm, tmp_path_factory):
+    """A random two-layer Llama with SmolLM2's tokenizer, and an index of the demo's traces: fast, and all real code."""
+    folder = tmp_path_factory.mktemp("toy")
+    config = M.LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=4096,
+                           rope_scaling=None, tie_word_embeddings=True)
+    M.save_model(M.Llama(config).to(torch.bfloat16).init_weights(), folder / "model", source=smollm2)
+    records, sources, _ = retrieve.read_records([ROOT / "demo/data/traces.jsonl"], "instruction")
+    retrieve.Index.build(retrieve.Encoder.from_dir(minilm), records, sources=sources).save(folder / "index")
+    return folder
+
+
+def settings(toy, **changes):
+    argv = ["--question", "x", "--model", str(toy / "model"), "--index", str(toy / "index"), "--max-new-tokens", "12"]
+    args = ttt.parse_args(argv)
+    return ttt.settings_of(args) | changes
+
+
+def test_ten_questions_in_two_orders_give_the_same_tokens(toy, monkeypatch):
+    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 200)  # for speed
+    answerer, answers = ttt.Answerer(settings(toy, lr=1e-3, k=2)), [{}, {}]
+    plain = ttt.Answerer(settings(toy, ttt=False))
+    for order, found in zip((QUESTIONS, QUESTIONS[::-1]), answers):
+        for question in order:
+            found[question] = answerer.answer(question)["answer"]
+    assert answers[0] == answers[1]
+    assert any(plain.answer(question)["answer"] != answers[0][question] for question in QUESTIONS)
+
+
+def test_the_nearest_trace_of_a_stored_question_is_its_own(toy):
+    answerer = ttt.Answerer(settings(toy))
+    for i in (0, 20, 54):
+        found = answerer.answer(answerer.index.records[i]["instruction"])["neighbours"]
+        assert found[0]["id"] == i and found[0]["score"] > 0.999 and len(found) == 4
+        assert [n["score"] for n in found] == sorted((n["score"] for n in found), reverse=True)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs the program in this process, to save the imports: `.returncode`, `.stdout`, `.stderr`."""
+    def run(*argv, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        handler = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as ended:
+            run_main(lambda: ttt.main(list(map(str, argv))))
+        signal.signal(signal.SIGTERM, handler)
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(argv, ended.value.code, out, err)
+    return run
+
+
+def test_json_output_is_complete(toy, run):
+    out = run("--question", "What is asthma?", "--model", toy / "model", "--index", toy / "index", "--json",
+              "--max-new-tokens", 5, "--recipe", "paper")
+    assert out.returncode == 0, out.stderr
+    result = json.loads(out.stdout)
+    assert list(result) == ["question", "answer", "thought", "summary", "finish_reason", "neighbours", "ttt",
+                            "restored", "timings", "model", "disclaimer"]
+    assert set(result["ttt"]) == {"applied", "reason", "k", "steps", "lr", "optimizer", "loss_before", "loss_after"}
+    assert set(result["timings"]) == {"load_s", "retrieve_s", "adapt_s", "generate_s", "restore_s", "tokens_per_s"}
+    assert result["ttt"]["applied"] and result["ttt"]["k"] == 1 == len(result["neighbours"]) and result["restored"]
+    assert result["ttt"]["loss_after"] < result["ttt"]["loss_before"] and result["finish_reason"] == "length"
+    assert set(result["neighbours"][0]) == {"id", "score", "instruction"} and "not medical advice" in \
+        result["disclaimer"].lower()
+
+
+def test_text_output_and_switching_it_off(toy, run, tmp_path):
+    (tmp_path / "system.txt").write_text("Answer briefly.")
+    arguments = ["--question", "What is asthma?", "--model", toy / "model", "--max-new-tokens", 5]
+    adapted = run(*arguments, "--index", toy / "index", "--system", tmp_path / "system.txt").stdout
+    assert "neighbour" in adapted and "loss on the nearest" in adapted and "Not medical advice" in adapted
+    plain = run(*arguments, "--no-ttt", "--index", "no/such/index").stdout
+    assert "not adapted: switched off" in plain and "neighbour " not in plain
+
+
+def test_chat_answers_in_turns(toy, run):
+    out = run("--chat", "--model", toy / "model", "--index", toy / "index", "--max-new-tokens", 3, "--json", "--k", 1,
+              stdin="What is asthma?\n\nAnd in children?\n")
+    assert out.returncode == 0, out.stderr
+    assert [json.loads(line)["question"] for line in out.stdout.splitlines()] == ["What is asthma?", "And in children?"]
+
+
+def test_a_file_of_questions_is_resumed_where_it_stopped(toy, run, tmp_path):
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS[:4]))
+    arguments = ["--questions", tmp_path / "q.jsonl", "--model", toy / "model", "--index", toy / "index",
+                 "--max-new-tokens", 4, "--k", 1, "--out"]
+    assert run(*arguments, tmp_path / "whole.jsonl").returncode == 0
+    whole = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_text("".join(lines[:2]) + lines[2][:100])  # killed in the middle of the third row
+    out = run(*arguments, tmp_path / "cut.jsonl")
+    assert out.returncode == 0 and "2 of them answered before" in out.stderr
+    cut = [json.loads(line) for line in (tmp_path / "cut.jsonl").read_text().splitlines()]
+    for row in whole + cut:
+        row.pop("timings")
+    assert cut == whole and [row["line"] for row in whole] == [1, 2, 3, 4]
+    other = run(*arguments, tmp_path / "cut.jsonl", "--seed", 1)
+    assert other.returncode == 2 and "another seed" in other.stderr
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Another?"}) + "\n")
+    other = run(*arguments, tmp_path / "cut.jsonl")
+    assert other.returncode == 2 and "another question" in other.stderr
+    assert [json.loads(line)["answer"] for line in (tmp_path / "cut.jsonl").read_text().splitlines()] \
+        == [row["answer"] for row in whole]
+
+
+def test_wrong_input_is_one_line_and_status_2(toy, run, tmp_path):
+    good = ["--question", "Q?", "--model", toy / "model", "--index", toy / "index", "--max-new-tokens", 2]
+    (tmp_path / "bad.jsonl").write_text('{"question": "a"}\n{"question": ""}\n')
+    (tmp_path / "broken.jsonl").write_text('{"question": "a"}\n{"question"\n')
+    (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1"))
+    truncated = tmp_path / "truncated"
+    shutil.copytree(toy / "model", truncated)
+    os.truncate(truncated / "model.safetensors", 1000)
+    other_encoder = tmp_path / "encoder"
+    shutil.copytree(ROOT / "models/all-minilm-l6-v2", other_encoder)
+    raw = bytearray((other_encoder / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (other_encoder / "model.safetensors").write_bytes(raw)
+    damaged = tmp_path / "index"
+    shutil.copytree(toy / "index", damaged)
+    (damaged / "records.jsonl").write_text("{}\n")
+    cases = [
+        ([*good, "--model", "no/such/model"], "no/such/model: does not exist"),
+        (["--question", "  "], "empty question"), ([*good, "--index", "no/index"], "no/index"),
+        ([*good, "--model", truncated], "damaged safetensors"), ([*good, "--encoder", other_encoder], "sha256"),
+        ([*good, "--index", damaged], "damaged"), ([*good, "--k", "0"], "--k"), ([*good, "--lr", "nan"], "--lr"),
+        ([*good, "--top-p", "1.5"], "--top-p"), ([*good, "--system", tmp_path / "latin1.txt"], "latin1.txt"),
+        ([*good, "--system", "none.txt"], "none.txt: No such file"), ([*good, "--device", "cuda"], "--device cuda"),
+        (["--questions", tmp_path / "bad.jsonl", "--out", tmp_path / "o"], "bad.jsonl:2: found no question"),
+        (["--questions", tmp_path / "broken.jsonl", "--out", tmp_path / "o"], "broken.jsonl:2: not valid JSON"),
+        (["--questions", tmp_path / "none.jsonl", "--out", tmp_path / "o"], "none.jsonl"),
+        (["--questions", tmp_path / "bad.jsonl"], "--out"), ([], "required")]
+    if torch.cuda.is_available():
+        cases = [case for case in cases if case[1] != "--device cuda"]
+    for argv, found in cases:
+        out = run(*argv)
+        lines = [line for line in out.stderr.splitlines() if not line.startswith("model: ")]
+        assert out.returncode == 2 and len(lines) == 1 and found in lines[0] and not out.stdout, (argv, out.stderr)
+    assert not (tmp_path / "o").exists()
+
+
+def test_terminated_in_the_middle_ends_with_143_and_no_traceback(toy):
+    process = subprocess.Popen([sys.executable, ROOT / "ttt.py", "--question", "Q?", "--model", toy / "model",
+                                "--index", toy / "index", "--max-new-tokens", "3000", "--temperature", "1.5"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("neighbour")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in errors
+
+
+def test_thought_and_summarization_are_told_apart():
+    assert ttt.split_answer("## Thought\n\nhm\n\n## Summarization\n\nso") == ("hm", "so")
+    assert ttt.split_answer("plain") == (None, None)
+    assert ttt.split_answer("## Thought\n\ncut off") == ("cut off", None)
+    assert ttt.split_answer("## Summarization\nso") == (None, "so")
+
+
+def test_the_default_model_is_the_furthest_of_the_chain(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="make demo"):
+        ttt.default_model()
+    for directory in reversed(ttt.CHAIN):
+        (tmp_path / directory).mkdir(parents=True)
+        (tmp_path / directory / "config.json").write_text("{}")
+        assert ttt.default_model() == directory

@@ -1,0 +1,542 @@
+"""Test-time training: retrieve the nearest reasoning traces, take a gradient step on each, answer, restore the weights.
+
+    for each of the k neighbours of the question, nearest first:
+        g = gradient of the mean cross-entropy on the supervised part of the trace
+        w = stochastic_round(w - lr * g / (|g| + eps))        a fresh Adam's first step: m = g, v = g^2
+    answer with w, then put back the original w, bit for bit
+
+Source: FineMedLM-o1 (arXiv 2501.09213, section on test-time training: one step of Adam at 1e-5 on one neighbour, which
+`--recipe paper` does). The default takes k = 4 neighbours once each: on 40 held-out MedQuAD questions that lowered the
+response loss of SmolLM2-135M by 0.105, one neighbour by 0.026, and neither harmed one question.
+
+Why stochastic rounding. A bf16 weight of 0.05 has neighbours 0.0002 away; a step of 1e-5 is a twentieth of half that
+gap, so rounding to nearest puts every weight back where it was. Measured on six traces, mean loss on the trace before
+the step 2.357; after a step of 1e-5 on it: fp32 weights 2.157, bf16 rounded to nearest 2.351 (3 % of the step kept),
+bf16 rounded stochastically 2.157 (all of it). At 5e-5: 1.671, 2.250, 1.671.
+
+Memory: 2 bytes a parameter on the device (the bf16 weights), the gradient of the layer at hand (each is used and freed
+as soon as it is complete), and the activations of one trace; 2 bytes a parameter in host memory (the snapshot).
+`--optimizer adamw` keeps two fp32 moments across the neighbours: 8 bytes a parameter more. By this count an 8B
+model and 2,048 tokens take 16.1 GB of weights, 3.2 GB while the head's gradient is summed in fp32, 0.6 GB for the
+inputs of the layers (they are recomputed from these in backward) and 0.5 GB for a chunk of logits: a 24 GB card.
+
+    python ttt.py --question "…"                                    one question
+    python ttt.py --questions FILE.jsonl --out ANSWERS.jsonl        many; run again to go on where it stopped
+    python ttt.py --chat                                            interactive
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import Tokenizer, messages_of, question_of, render_chat, stream_text, training_example
+from files import DISCLAIMER, InputError, Parser, number, one_line, read_jsonl, run_main, whole
+from model import generate, load_model, stochastic_round_, stop_ids_of
+from retrieve import Encoder, Index
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MAX_TRACE_TOKENS = 6144  # upstream's maximum length in training; a longer trace is cut at its end
+
+# ----- the update ----------------------------------------------------------------------------------------------------
+
+
+def make_update(optimizer, lr, generator, eps=1e-8, betas=(0.9, 0.999)):
+    """A function `update(weight, grad)` that takes one step in place, in fp32, slice by slice.
+
+    "signsgd": w - lr g / (|g| + eps), which is Adam's first step and needs no state. "adamw": Adam (arXiv 1412.6980),
+    its moments kept from call to call for each weight; no decay, for a step or two of it would be far below rounding.
+    "sgd": w - lr g. bf16 weights are written back by stochastic rounding, fp32 weights as they are.
+    """
+    moments = {}  # weight: [step, first moment, second moment]
+
+    def update(weight, grad):
+        state = None
+        if optimizer == "adamw":
+            if weight not in moments:
+                moments[weight] = [0, *(torch.zeros_like(weight, dtype=torch.float32) for _ in betas)]
+            state = moments[weight]
+            state[0] += 1
+        slice_length = 1 << 16 if weight.device.type == "cpu" else 1 << 24  # temporaries that stay in the cache
+        for start in range(0, weight.numel(), slice_length):
+            part = slice(start, start + slice_length)
+            w, g = weight.view(-1)[part], grad.reshape(-1)[part].float()
+            if optimizer == "signsgd":
+                step = g / (g.abs() + eps)
+            elif optimizer == "sgd":
+                step = g
+            else:
+                t, m, v = state[0], state[1].view(-1)[part], state[2].view(-1)[part]
+                m.lerp_(g, 1 - betas[0])
+                v.lerp_(g * g, 1 - betas[1])
+                step = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+            if w.dtype == torch.float32:
+                w.sub_(step, alpha=lr)
+            else:
+                stochastic_round_(w, w.float().sub_(step, alpha=lr), generator)
+    return update
+
+
+class NotFinite(Exception):
+    """A loss or a gradient of the adaptation is NaN or infinite."""
+
+
+def example_loss(model, example):
+    """Mean cross-entropy of (ids, labels) over its supervised tokens, fp32 scalar."""
+    ids, labels = (torch.tensor([row], device=model.norm.weight.device) for row in example)
+    return -model(ids, labels=labels).sum() / (labels != -100).sum()
+
+
+def take_steps(model, examples, update, steps):
+    """`steps` updates on each example in turn; each gradient is used and dropped as soon as it is complete.
+
+    Returns the loss on the first example before any step. NotFinite when a loss or gradient is not a finite number.
+    """
+    first_loss, all_finite = None, torch.ones((), dtype=torch.bool, device=model.norm.weight.device)
+
+    def on_gradient(weight):
+        nonlocal all_finite
+        grad, weight.grad = weight.grad, None
+        with torch.no_grad():
+            all_finite &= grad.sum(dtype=torch.float32).isfinite()
+            update(weight, grad)
+    hooks = [weight.register_post_accumulate_grad_hook(on_gradient) for weight in model.parameters()]
+    try:
+        for example in examples:
+            for _ in range(steps):
+                with torch.enable_grad():
+                    loss = example_loss(model, example)
+                    value = loss.item()
+                    if value - value != 0:
+                        raise NotFinite(f"the loss on the neighbour is {value}")
+                    loss.backward()
+                first_loss = value if first_loss is None else first_loss
+                if not all_finite:
+                    raise NotFinite("a gradient on the neighbour is not finite")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return first_loss
+
+# ----- snapshot and restore ------------------------------------------------------------------------------------------
+
+
+def digest(model):
+    """SHA-256 over the name, dtype, shape and bytes of every parameter and buffer (tied ones once), as hex digits."""
+    def of(named):
+        name, tensor = named
+        head = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        return hashlib.sha256(head + b"\0" + hashlib.sha256(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).digest()).digest()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashlib releases the interpreter
+        return hashlib.sha256(b"".join(pool.map(of, state_of(model)))).hexdigest()
+
+
+def state_of(model):
+    """[(name, tensor)] of all parameters and buffers; tied weights appear once."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+class Snapshot:
+    """All that adaptation may change about a model, and the way back."""
+
+    def __init__(self, model, device="cpu"):
+        self.model = model
+        self.weights = {name: tensor.detach().to(device, copy=True) for name, tensor in state_of(model)}
+        self.requires_grad = {name: weight.requires_grad for name, weight in model.named_parameters()}
+        self.modes = {module: (module.training, getattr(module, "checkpointing", None)) for module in model.modules()}
+        self.rng = torch.get_rng_state()
+        self.cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self.digest = digest(model)
+
+    def restore(self):
+        """Puts everything back, in place; may be called again when it was interrupted. RuntimeError if it cannot."""
+        with torch.no_grad():
+            for name, tensor in state_of(self.model):
+                tensor.copy_(self.weights[name])
+        for name, weight in self.model.named_parameters():
+            weight.grad = None
+            weight.requires_grad_(self.requires_grad[name])
+        for module, (training, checkpointing) in self.modes.items():
+            module.training = training
+            if checkpointing is not None:
+                module.checkpointing = checkpointing
+        torch.set_rng_state(self.rng)
+        if self.cuda_rng is not None:
+            torch.cuda.set_rng_state_all(self.cuda_rng)
+        if digest(self.model) != self.digest:
+            raise RuntimeError("the weights could not be restored after test-time training; load the model anew")
+
+
+LOCKS = weakref.WeakKeyDictionary()  # model: the lock that keeps two questions apart
+
+
+@dataclass
+class Report:
+    """What `adapted` did: whether it was applied and, if not, why; the loss on the nearest example before and after."""
+    applied: bool = False
+    reason: str | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    adapt_s: float = 0.0
+    restore_s: float = 0.0
+    restored: bool = False
+
+
+@contextlib.contextmanager
+def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, activation_checkpointing=True,
+            snapshot_device="cpu"):
+    """Context manager: inside it the model has taken its steps on `examples`, after it the model is what it was.
+
+    examples: [(ids, labels), …] as `data.training_example` makes them, nearest first. Yields a Report. Whatever leaves
+    the block, an exception or a signal turned into one: every parameter and buffer is restored bit for bit (compared by
+    digest), as are train/eval mode, requires_grad and the random state; gradients are gone. A model that could not be
+    restored refuses to run again. One question at a time: another thread waits. Without examples, or when a loss or
+    gradient is not finite, the block runs with the weights as they were and the report says why.
+    """
+    report = Report()
+    with LOCKS.setdefault(model, threading.RLock()):
+        if model.unusable:
+            raise RuntimeError(model.unusable)
+        start = time.perf_counter()
+        examples = [example for example in examples if any(label != -100 for label in example[1])]
+        if not examples:
+            report.reason, report.restored = "no neighbour to learn from", True
+            yield report
+            return
+        snapshot = Snapshot(model, snapshot_device)
+        try:
+            try:
+                generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
+                model.requires_grad_(True)
+                for layer in model.layers:
+                    layer.checkpointing = activation_checkpointing
+                try:
+                    report.loss_before = take_steps(model, examples, make_update(optimizer, lr, generator), steps)
+                    with torch.no_grad():
+                        report.loss_after = example_loss(model, examples[0]).item()
+                    if report.loss_after - report.loss_after != 0:
+                        raise NotFinite(f"the loss on the neighbour after the step is {report.loss_after}")
+                    report.applied = True
+                except NotFinite as error:
+                    report.reason = str(error)
+                    snapshot.restore()
+                report.adapt_s = time.perf_counter() - start
+                yield report
+            finally:
+                start = time.perf_counter()
+                put_back(snapshot, report)
+                report.restore_s = time.perf_counter() - start
+        finally:  # a signal may strike in the first instruction of the `finally` above
+            put_back(snapshot, report)
+
+
+def put_back(snapshot, report):
+    """Restores once, to the end: an interrupt on the way is kept until it is done and raised then."""
+    interrupt = None
+    while not report.restored:
+        try:
+            snapshot.restore()
+            report.restored = True
+        except (KeyboardInterrupt, SystemExit) as error:
+            interrupt = error
+        except BaseException as error:
+            snapshot.model.unusable = f"this model could not be restored after test-time training ({one_line(error)})"
+            raise
+    if interrupt:
+        raise interrupt
+
+# ----- a question ----------------------------------------------------------------------------------------------------
+
+
+class Answerer:
+    """The loaded model, tokenizer, encoder and index, and the settings; `answer` does one question from end to end."""
+
+    def __init__(self, settings, device="cpu"):
+        start = time.perf_counter()
+        self.settings = settings
+        self.model = load_model(settings["model"], device, DTYPES[settings["dtype"]])
+        self.tokenizer = Tokenizer.from_dir(settings["model"])
+        self.stop_ids = stop_ids_of(settings["model"]) | {self.tokenizer.end_of_turn()}
+        self.index = self.encoder = None
+        if settings["ttt"]:
+            self.index = Index.load(settings["index"])
+            self.encoder = Encoder.from_dir(settings["encoder"] or self.index.encoder_dir, device)
+            self.index.check_encoder(self.encoder)
+        self.load_s = time.perf_counter() - start
+
+    def answer(self, question, history=(), on_neighbours=None, on_text=None):
+        """Answers `question` (after earlier messages `history`); returns the dict that --json prints.
+
+        `on_neighbours(neighbours, report)` is called before the first token, `on_text(piece)` with text as it comes.
+        """
+        s, start = self.settings, time.perf_counter()
+        system = [{"role": "system", "content": s["system"]}] if s["system"] else []
+        messages = [*system, *history, {"role": "user", "content": question}]
+        ids, _ = render_chat(self.tokenizer, messages, add_generation_prompt=True)
+        neighbours, examples = [], []
+        if s["ttt"]:
+            scores, found = self.index.search(self.encoder.encode([question], is_query=True), s["k"])
+            for score, i in zip(scores[0].tolist(), found[0].tolist()):
+                record = self.index.records[i]
+                neighbours.append({"id": i, "score": round(score, 4), "instruction": question_of(record)})
+                examples.append(training_example(self.tokenizer, system + messages_of(record), MAX_TRACE_TOKENS))
+        retrieve_s = time.perf_counter() - start
+        with adapted(self.model, examples, steps=s["steps"], lr=s["lr"], optimizer=s["optimizer"], seed=s["seed"],
+                     activation_checkpointing=s["activation_checkpointing"],
+                     snapshot_device="cpu" if s["snapshot"] == "host" else self.model.norm.weight.device) as report:
+            if not s["ttt"]:
+                report.reason = "switched off"
+            if on_neighbours:
+                on_neighbours(neighbours, report)
+            start, new_ids, pieces = time.perf_counter(), [], []
+
+            def new_tokens():
+                for token in generate(self.model, ids, max_new_tokens=s["max_new_tokens"], stop_ids=self.stop_ids,
+                                      temperature=s["temperature"], top_p=s["top_p"], seed=s["seed"]):
+                    new_ids.append(token)
+                    yield token
+            for piece in stream_text(self.tokenizer, new_tokens()):
+                pieces.append(piece)
+                if on_text:
+                    on_text(piece)
+            generate_s = time.perf_counter() - start
+        text = "".join(pieces)
+        thought, summary = split_answer(text)
+        return {
+            "question": question, "answer": text, "thought": thought, "summary": summary,
+            "finish_reason": "stop" if new_ids[-1] in self.stop_ids else "length", "neighbours": neighbours,
+            "ttt": {"applied": report.applied, "reason": report.reason, "k": s["k"], "steps": s["steps"], "lr": s["lr"],
+                    "optimizer": s["optimizer"], "loss_before": report.loss_before, "loss_after": report.loss_after},
+            "restored": report.restored,
+            "timings": {"load_s": round(self.load_s, 3), "retrieve_s": round(retrieve_s, 3),
+                        "adapt_s": round(report.adapt_s, 3), "generate_s": round(generate_s, 3),
+                        "restore_s": round(report.restore_s, 3), "tokens_per_s": round(len(new_ids) / generate_s, 1)},
+            "model": str(s["model"]), "disclaimer": DISCLAIMER}
+
+
+def split_answer(text):
+    """(thought, summary) of an answer with the headings "## Thought" and "## Summarization"; None for what it lacks."""
+    before, heading, summary = text.partition("## Summarization")
+    _, thought_heading, thought = before.partition("## Thought")
+    return thought.strip() if thought_heading else None, summary.strip() if heading else None
+
+# ----- command line --------------------------------------------------------------------------------------------------
+
+CHAIN = ("runs/dpo/model", "runs/sft-cold-start/model", "runs/sft-stage3/model", "runs/sft-stage2/model",
+         "runs/sft-stage1/model", "models/smollm2-135m-instruct")
+
+
+def default_model():
+    """The furthest model of the chain demo → stage 1 → 2 → 3 → cold start → DPO that exists."""
+    for directory in CHAIN:
+        if Path(directory, "config.json").is_file():
+            return directory
+    raise InputError(f"no model found in {', '.join(CHAIN)}; name one with --model, or run `make demo` first")
+
+
+def pick_device(name):
+    """"auto" is the GPU where there is one; "cuda" without one is an InputError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no CUDA device; expected one, or --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def parse_args(argv=None):
+    parser = Parser(description="Answer medical questions with test-time training.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--question", default=argparse.SUPPRESS, help="the question to answer")
+    what.add_argument("--questions", metavar="FILE.jsonl", default=argparse.SUPPRESS,
+                      help='many: rows with a "question" or "instruction"; needs --out')
+    what.add_argument("--chat", action="store_true", default=argparse.SUPPRESS, help="ask and answer in turns")
+    parser.add_argument("--out", metavar="FILE.jsonl", help="with --questions: the answers; resumed if it exists")
+    parser.add_argument("--model", metavar="DIR", help="default: the furthest trained model in runs/, else the demo's")
+    parser.add_argument("--index", metavar="DIR", default="index/traces", help="a retrieval index made by retrieve.py")
+    parser.add_argument("--encoder", metavar="DIR", help="default: the one the index was built with")
+    parser.add_argument("--k", type=whole(1), default=4, 
+                        help="neighbours, nearest first (paper: 1; measured: 4 lower the loss four times as much)")
+    parser.add_argument("--steps", type=whole(1), default=1, help="gradient steps on each neighbour (paper: 1)")
+    parser.add_argument("--lr", type=number(0), default=1e-5, help="learning rate of these steps (paper: 1e-5)")
+    parser.add_argument("--optimizer", choices=("signsgd", "adamw", "sgd"), default="signsgd",
+                        help="signsgd: a fresh Adam's first step, no state; adamw: moments across neighbours")
+    parser.add_argument("--recipe", choices=("paper",), help="paper: --k 1 --steps 1 --lr 1e-5 --optimizer adamw")
+    parser.add_argument("--no-ttt", action="store_true", help="answer without test-time training")
+    parser.add_argument("--activation-checkpointing", action=argparse.BooleanOptionalAction, default=True,
+                        help="recompute activations in backward: up to a tenth more time, half the memory (measured)")
+    parser.add_argument("--snapshot", choices=("host", "device"), default="host", 
+                        help="where the original weights wait")
+    parser.add_argument("--max-new-tokens", type=whole(1), default=2048, help="longest answer (paper: 2048)")
+    parser.add_argument("--temperature", type=number(0), default=0.7, help="0 is greedy (paper: 0.7)")
+    parser.add_argument("--top-p", type=number(0, 1, open_end=True), default=0.95, help="nucleus (paper: 0.95)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of sampling and of stochastic rounding")
+    parser.add_argument("--system", metavar="FILE", help="a text file with the system message")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="fp32: twice the memory, no rounding")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    args = parser.parse_args(argv)
+    if args.recipe == "paper":
+        args.k, args.steps, args.lr, args.optimizer = 1, 1, 1e-5, "adamw"
+    if hasattr(args, "questions") != bool(args.out):
+        parser.error("--questions and --out go together: one file to read, one to write")
+    if hasattr(args, "question") and not args.question.strip():
+        parser.error("--question: found an empty question, expected text")
+    return args
+
+
+def settings_of(args):
+    """The settings of `Answerer` as a dict, from the command line."""
+    return {"model": args.model or default_model(), "ttt": not args.no_ttt, "index": args.index,
+            "encoder": args.encoder, "k": args.k, "steps": args.steps, "lr": args.lr, "optimizer": args.optimizer,
+            "snapshot": args.snapshot, "activation_checkpointing": args.activation_checkpointing,
+            "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
+            "seed": args.seed, "system": read_text(args.system, "--system") if args.system else None,
+            "dtype": args.dtype}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    questions = read_questions(args.questions) if hasattr(args, "questions") else None
+    settings = settings_of(args)
+    print(f"model: {settings['model']}", file=sys.stderr)
+    answered = read_answers(args.out, questions, recorded(settings)) if questions else None
+    answerer = Answerer(settings, pick_device(args.device))
+    if questions:
+        answer_file(answerer, questions, answered, args.out)
+    elif hasattr(args, "chat"):
+        chat(answerer, args.json)
+    else:
+        answer_one(answerer, args.question, args.json)
+
+
+def read_text(path, flag):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{flag} {path}: not UTF-8 text (byte {error.start})") from None
+
+
+def answer_one(answerer, question, as_json, history=()):
+    """Answers one question on stdout, as streamed text or as one JSON object; returns the answer's dict."""
+    if as_json:
+        result = answerer.answer(question, history)
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+        return result
+
+    def on_neighbours(neighbours, report):
+        for neighbour in neighbours:
+            print(f"neighbour {neighbour['id']}  score {neighbour['score']:.3f}  {shorten(neighbour['instruction'])}")
+        if report.applied:
+            change = f"{report.loss_before:.3f} → {report.loss_after:.3f}"
+            print(f"adapted on {len(neighbours)}: loss on the nearest {change}")
+        else:
+            print(f"not adapted: {report.reason}")
+        print(flush=True)
+    # The answer's own headings, "## Thought" and "## Summarization", set its parts apart.
+    result = answerer.answer(question, history, on_neighbours, lambda piece: print(piece, end="", flush=True))
+    t = result["timings"]
+    print(f"\n\n{'' if result['finish_reason'] == 'stop' else '(cut at the longest answer allowed) '}"
+          f"load {t['load_s']:.1f} s, retrieve {t['retrieve_s']:.2f} s, adapt {t['adapt_s']:.1f} s, "
+          f"generate {t['generate_s']:.1f} s ({t['tokens_per_s']:.0f} tokens/s), restore {t['restore_s']:.2f} s; "
+          f"weights restored bit for bit\n{DISCLAIMER}")
+    return result
+
+
+def shorten(text, length=100):
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[:length - 1] + "…"
+
+
+def chat(answerer, as_json):
+    """Questions in turns, earlier ones kept as context; each is adapted to and restored. Ends at end of input."""
+    history = []
+    prompt = "\nquestion (end with Ctrl-D): " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            question = input(prompt).strip()
+        except EOFError:
+            return
+        if question:
+            result = answer_one(answerer, question, as_json, history)
+            history += [{"role": "user", "content": question}, {"role": "assistant", "content": result["answer"]}]
+
+
+def read_questions(path):
+    """[(line number, question)] of a jsonl file; the first bad line stops, by number, before any model is loaded."""
+    questions = []
+    for line, row in read_jsonl(path):
+        if isinstance(row, InputError):
+            raise row
+        question = row.get("question", row.get("instruction"))
+        if not isinstance(question, str) or not question.strip():
+            raise InputError(f"{path}:{line}: found no question; expected text under \"question\" or \"instruction\"")
+        questions.append((line, question))
+    if not questions:
+        raise InputError(f"{path}: found no rows; expected one question a line")
+    return questions
+
+
+def recorded(settings):
+    """The settings that shape an answer, as each row of --out records them."""
+    return {key: value for key, value in settings.items() if key not in ("snapshot", "activation_checkpointing")}
+
+
+def read_answers(path, questions, settings):
+    """The line numbers answered by an earlier run into `path`; a last line cut short by a kill counts as not there.
+
+    InputError when the file belongs to other questions or was made with other settings.
+    """
+    answered, asked = set(), dict(questions)
+    for line, row in read_jsonl(path) if Path(path).exists() else ():
+        if isinstance(row, InputError):
+            if line == complete_lines(path)[0] + 1:
+                break
+            raise row
+        if asked.get(row.get("line")) != row.get("question"):
+            raise InputError(f"{path}:{line}: answers another question than line {row.get('line')} of --questions; "
+                             "expected a file of these questions, or a new name for --out")
+        found = row.get("settings")
+        differing = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
+        if differing:
+            raise InputError(f"{path}:{line}: made with another {', '.join(differing)}; "
+                             "expected the same settings, or a new name for --out")
+        answered.add(row["line"])
+    return answered
+
+
+def complete_lines(path):
+    """(how many lines of the file end in a newline, how many bytes they are)."""
+    lines = n_bytes = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                lines, n_bytes = lines + 1, n_bytes + len(line)
+    return lines, n_bytes
+
+
+def answer_file(answerer, questions, answered, path):
+    """Appends one row to `path` for every question not yet in `answered`, each on disk before the next is begun."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        file.truncate(complete_lines(path)[1])
+        for line, question in tqdm(questions, desc="questions", unit="question", disable=None, file=sys.stderr):
+            if line not in answered:
+                row = {"line": line, **answerer.answer(question), "settings": recorded(answerer.settings)}
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+    print(f"{len(questions)} questions, {len(answered)} of them answered before; answers in {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_main(main)
