@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-all bench lint clean
 
-# constraints.txt pins torch==2.13.0: on a machine without a GPU point pip at a CPU wheel of it, or CUDA comes along.
+# Without a GPU, TORCH="--index-url URL torch" with the URL of PyTorch's CPU wheels saves gigabytes of CUDA packages.
+TORCH ?= torch
+
 $(VENV)/%.done: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
 
@@ -20,11 +22,11 @@ demo: $(VENV)/demo.done
 
 test: $(VENV)/test.done
 	$(BIN)/python demo/fetch.py
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(VENV)/test.done
 	$(BIN)/python demo/fetch.py
-	$(BIN)/python -m pytest --heavy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --heavy
 
 bench: $(VENV)/bench.done
 	$(BIN)/python demo/fetch.py
@@ -34,5 +36,5 @@ lint: $(VENV)/test.done
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) models index runs evals bench/results *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) bench/results *.egg-info .pytest_cache .ruff_cache .hypothesis  # models/ and runs/ are the user's
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,9 +25,10 @@ from files import InputError, one_line, read_json, read_jsonl, require_dir
 class Tokenizer:
     """A vocabulary with its chat template: "llama3", "chatml", "llama2", or None where it is none of these."""
 
-    def __init__(self, encode, decode, special, template, size):
+    def __init__(self, encode, decode, special, silent, template, size):
         self._encode, self._decode = encode, decode
-        self.special = special  # {control token: id}
+        self.special = special  # {added token: id}: none of them comes out of text
+        self.silent = silent  # the ids of those that are no part of an answer's text
         self.template = template
         self.size = size
 
@@ -46,6 +47,7 @@ class Tokenizer:
         raw = read_json(path)
         added = raw.get("added_tokens") or []
         try:
+            silent = {token["id"] for token in added if token["special"]}
             for token in added:  # also those not marked special would otherwise be found in a user's text
                 token["special"] = True
             inner = tokenizers.Tokenizer.from_str(json.dumps(raw))
@@ -72,7 +74,7 @@ class Tokenizer:
             template = "llama2"  # a sentencepiece vocabulary converted to tokenizer.json
         else:
             template = None
-        return cls(encode, decode, special, template, inner.get_vocab_size())
+        return cls(encode, decode, special, silent, template, inner.get_vocab_size())
 
     @classmethod
     def from_sentencepiece(cls, path):
@@ -91,15 +93,11 @@ class Tokenizer:
                 else:
                     run.append(i)
             return text + inner.decode(run)
-        return cls(inner.encode, decode, special, template, inner.vocab_size())
+        return cls(inner.encode, decode, special, set(special.values()), template, inner.vocab_size())
 
     def encode(self, text):
         """text -> list of ids. Never a control id, whatever the text; no BOS: that is the template's."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"text with half of a surrogate pair at character {error.start}; "
-                             "expected valid Unicode") from None
+        check_unicode(text)
         return self._encode(text)
 
     def decode(self, ids):
@@ -107,8 +105,19 @@ class Tokenizer:
         return self._decode(list(ids))
 
     def end_of_turn(self):
-        """The id of the token with which the assistant ends its turn."""
+        """The id of the token with which the assistant ends its turn. InputError without a known template."""
+        if self.template is None:
+            raise InputError(NO_TEMPLATE)
         return self.special[{"llama3": "<|eot_id|>", "chatml": "<|im_end|>", "llama2": "</s>"}[self.template]]
+
+
+def check_unicode(text):
+    """InputError where a text holds half a character, as JSON's "\\ud800" does: tokenizers and UTF-8 refuse it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        broken = text[max(0, error.start - 20):error.end]
+        raise InputError(f"half a character at the end of {broken!r}; expected Unicode text") from None
 
 
 def stream_text(tokenizer, ids):
@@ -117,10 +126,9 @@ def stream_text(tokenizer, ids):
     Decodes a short window again with each id (what a token reads as can depend on the one before it) and holds text
     back while it ends in U+FFFD, that is, in the middle of a UTF-8 sequence. Control tokens are left out.
     """
-    control = set(tokenizer.special.values())
     window, shown = [], ""  # ids since the last clean cut, and the part of their text that was yielded
     for i in ids:
-        if i in control:
+        if i in tokenizer.silent:
             continue
         window.append(i)
         text = tokenizer.decode(window)
@@ -142,6 +150,8 @@ def stream_text(tokenizer, ids):
 # What the official templates put first. Llama 3.1's is a fixed date unless told otherwise: a template that reads the
 # clock would train and answer on other prompts every day.
 LLAMA3_SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+NO_TEMPLATE = ("the tokenizer has no known chat template; expected <|start_header_id|> (Llama 3) or <|im_start|> "
+               "(ChatML) among its control tokens, or a sentencepiece vocabulary (Llama 2)")
 CHATML_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
@@ -204,8 +214,7 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
                 text(content.strip() + " ", trained=True)
                 control("</s>", trained=True)
     else:
-        raise InputError("the tokenizer has no known chat template; expected <|start_header_id|> (Llama 3), "
-                         "<|im_start|> (ChatML) or a sentencepiece vocabulary (Llama 2) among its control tokens")
+        raise InputError(NO_TEMPLATE)
     return ids, mask
 
 

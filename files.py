@@ -8,13 +8,17 @@ Three promises, kept in one place because model, data, retrieve, train and the d
 import argparse
 import contextlib
 import ctypes
+import errno
+import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
 import sys
+import zlib
 from pathlib import Path
 
 MAX_JSON_BYTES = 64 << 20  # a tokenizer.json is 17 MB, a training row a few KB: past this it is not one of ours
@@ -42,8 +46,10 @@ def run_main(main):
         sys.exit(141)
     except (InputError, OSError) as error:
         print("error:", one_line(error), file=sys.stderr)
-        sys.exit(2)
-    except MemoryError:
+        sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EIO) else 2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # of CUDA
+            raise
         print("error: out of memory", file=sys.stderr)
         sys.exit(1)
 
@@ -75,12 +81,16 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def whole(least):
-    """An argparse type: a whole number of at least `least`."""
+def whole(least, most=2**63 - 1):
+    """An argparse type: a whole number of at least `least` that fits 64 bits."""
     def parse(text):
-        if not text.lstrip("-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least {least}")
-        return int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from {least} to {most}")
+        return value
     return parse
 
 
@@ -115,6 +125,12 @@ def parse_json(text, where):
     def refuse_constant(name):
         raise ValueError(f"{name} is not JSON")
 
+    def finite(text):
+        value = float(text)
+        if math.isinf(value):
+            raise ValueError(f"{text} is too large")
+        return value
+
     def unique(pairs):
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -122,7 +138,8 @@ def parse_json(text, where):
             raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
         return found
     try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique)
+        return json.loads(text, parse_constant=refuse_constant, parse_float=finite,
+                          object_pairs_hook=unique)
     except RecursionError:
         raise InputError(f"{where}: nested too deeply; expected plain JSON") from None
     except ValueError as error:
@@ -157,19 +174,19 @@ def read_jsonl(path, max_line_bytes=16 << 20):
         raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; expected a .jsonl file")
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         number = 0
-        while True:
+
+        def read(most):
             try:
-                line = file.readline(max_line_bytes + 1)
-            except (EOFError, gzip.BadGzipFile) as error:
+                return file.readline(most)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise InputError(f"{path}: damaged gzip file after line {number} ({one_line(error)})") from None
-            if not line:
-                return
+        while line := read(max_line_bytes + 1):
             number += 1
             if len(line) > max_line_bytes:
                 yield number, InputError(f"{path}:{number}: a line of more than {max_line_bytes:,} bytes; "
                                          "expected one JSON object a line")
                 while line and not line.endswith(b"\n"):
-                    line = file.readline(1 << 20)
+                    line = read(1 << 20)
             elif line.strip():
                 yield number, parse_row(line, f"{path}:{number}")
 
@@ -208,9 +225,12 @@ def written_aside(path):
     in one system call where there is one). On an exception `path` stays as it was and `aside` is removed.
     """
     path = Path(path)
+    if not path.name:
+        raise InputError(f"{path}: found no name to write to; expected the path of a new file or folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.partial-*"):  # of a run that was killed
-        if not _is_running(left.name.rpartition("-")[2]):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):  # of a run that was killed
+        pid = left.name.rpartition("-")[2]
+        if pid == str(os.getpid()) or not _is_running(pid):  # in a container a pid comes back at every start
             remove(left)
     aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:

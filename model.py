@@ -108,16 +108,17 @@ def stochastic_round_(target, source, generator):
 
     bf16 is the upper half of fp32: adding a uniform 16-bit integer to the bits and cutting the lower 16 off rounds up
     exactly that often (arXiv 2502.20566), so the expected value is the fp32 one and a step far smaller than half a unit
-    in the last place survives in the mean, where rounding to nearest undoes it always. Works in slices of the cache's
-    size, in place; a non-contiguous target is refused. `generator` lives on the device of `target`.
+    in the last place survives in the mean, where rounding to nearest undoes it always. NaN stays NaN. Works in slices
+    of the cache's size, in place; a non-contiguous target is refused. `generator` lives on the device of `target`.
     """
     slice_length = 1 << 16 if target.device.type == "cpu" else 1 << 24
     for rounded, exact in zip(target.view(-1).split(slice_length), source.reshape(-1).split(slice_length)):
         n = rounded.numel()
         noise = torch.empty((n + 3) // 4, dtype=torch.int64, device=target.device)
         noise = noise.random_(-2**63, None, generator=generator).view(torch.int16)[:n]  # 64 random bits serve 4 weights
-        bits = exact.float().view(torch.int32) + (noise.int() & 0xFFFF)
-        rounded.copy_((bits & -0x10000).view(torch.float32))
+        exact = exact.float()
+        bits = exact.view(torch.int32) + (noise.int() & 0xFFFF)
+        rounded.copy_(torch.where(exact == exact, (bits & -0x10000).view(torch.float32), torch.nan))
 
 
 def copy_weights_(target, source, generator):
@@ -130,7 +131,8 @@ def copy_weights_(target, source, generator):
 
 def has_fast_bf16(device):
     """Whether bf16 matrix products are native: every current GPU, and CPUs with AVX-512-BF16 or AMX."""
-    return torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.device(device).type != "cpu" or (torch.backends.mkldnn.is_available()
+                                                  and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class UpcastLinear(torch.autograd.Function):
@@ -154,7 +156,11 @@ class UpcastLinear(torch.autograd.Function):
 
 def linear(x, weight):
     """x [..., in] @ weight [out, in].T, in the dtype of x (see UpcastLinear when the weight's differs)."""
-    return F.linear(x, weight) if x.dtype == weight.dtype else UpcastLinear.apply(x, weight)
+    if x.dtype != weight.dtype:
+        return UpcastLinear.apply(x, weight)
+    if x.numel() == x.shape[-1]:  # one token: torch's matrix-vector kernel is up to a quarter faster than its mm
+        return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
 
 
 def rotary_table(config, positions):
@@ -186,7 +192,7 @@ def causal_attention(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if T == 1:  # the H / K queries that share a key-value head become the rows of one product
         grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
-        return F.scaled_dot_product_attention(grouped, k, v).view(q.shape)
+        return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
@@ -234,7 +240,9 @@ LOGITS_CHUNK = (128, 1024)  # positions whose logits exist at the same time, on 
 
 def token_logps(h, weight, labels):
     """log p(label) in fp32 for hidden states h [N, D], head weight [V, D], labels [N] (each a real one) -> [N]."""
-    return TokenLogps.apply(h, weight, labels) if len(labels) else h.sum(-1).float()
+    if not len(labels):  # the weight must get its gradient of zero here too: FSDP's ranks reduce the same weights
+        return linear(h, weight).sum(-1).float()
+    return TokenLogps.apply(h, weight, labels)
 
 # ----- the model -----------------------------------------------------------------------------------------------------
 
@@ -388,9 +396,12 @@ class KVCache:
 def sample(logits, generator, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0):
     """One token id from logits [V]: temperature, then top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082).
 
-    temperature 0 takes the largest logit; top_k 0, top_p 1 and min_p 0 switch those filters off.
+    temperature 0 takes the largest logit; top_k 0, top_p 1 and min_p 0 switch those filters off. InputError when the
+    logits are not finite: then the weights are not sound.
     """
-    if temperature == 0:
+    if not logits.isfinite().all():
+        raise InputError("the model gives logits that are not finite numbers; expected sound weights")
+    if temperature < 1e-5:  # logits divided by less would overflow
         return int(logits.argmax())
     logits = logits.float() / temperature
     k = min(top_k or len(logits), len(logits))
@@ -408,12 +419,15 @@ def sample(logits, generator, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0):
 
 @contextlib.contextmanager
 def onednn(on):
-    """oneDNN on or off for CPU products: its bf16 matrix-vector product reads weights at half the memory's speed."""
-    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, on
+    """oneDNN on or off for CPU products: its bf16 matrix-vector product reads weights at half the memory's speed.
+
+    Afterwards it is on, torch's default: the switch is the process's, and another thread may be inside as well.
+    """
+    torch.backends.mkldnn.enabled = on
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        torch.backends.mkldnn.enabled = True
 
 
 def generate(model, ids, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0, stop_ids=(),
@@ -495,7 +509,7 @@ def checkpoint_files(directory):
             raise InputError(f"{index}: no weight_map; expected tensor names mapped to file names")
         paths = {name: directory / file for name, file in weight_map.items()}
         for path in set(paths.values()):
-            if path.parent.resolve() != directory.resolve() or path.name in ("", ".", ".."):
+            if "\0" in str(path) or path.parent.resolve() != directory.resolve() or path.name in ("", ".", ".."):
                 raise InputError(f"{index}: names the file {str(path)!r}; expected files of its own folder only")
             if not path.is_file():
                 raise InputError(f"{path}: no such file; {index.name} expects it")

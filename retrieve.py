@@ -35,13 +35,14 @@ from tokenizers import Tokenizer, normalizers
 from torch import nn
 from tqdm import tqdm
 
-from data import question_of
+from data import check_unicode, question_of
 from files import InputError, Parser, read_json, read_jsonl, require_dir, run_main, sha256, whole, written_aside
 
 DEFAULT_ENCODER = "models/all-minilm-l6-v2"
 DEFAULT_INDEX = "index/traces"
 BGE_QUERY_INSTRUCTION = "Represent this sentence for searching relevant passages: "  # the model cards of bge-*-en-v1.5
 FORMAT = "finemedlm-index-1"
+INDEX_FILES = {"manifest.json", "records.jsonl", "vectors.safetensors"}
 
 
 # ----- the BERT encoder ----------------------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ def on_all_threads(work, items):
     """Yields work(item) for every item, several at once, each on its share of torch's threads.
 
     Threads that share a batch wait for each other after every operation; with a batch each they do not (measured on
-    two cores: 1.3 times as many texts a second, twice as many while others use the machine).
+    two cores: 1.3 times as many texts a second, and more while others use the machine).
     """
     threads = torch.get_num_threads()
     workers = min(threads, len(items))
@@ -315,15 +316,6 @@ def read_tokenizer(path, vocab_size, lower_case):
     if "[CLS]" not in vocabulary or "[SEP]" not in vocabulary or max(vocabulary.values()) >= vocab_size:
         raise InputError(f"{path}: {len(vocabulary)} tokens; expected [CLS], [SEP], ids below vocab_size {vocab_size}")
     return tokenizer
-
-
-def check_unicode(text):
-    """InputError where a text holds half a character, as JSON's "\\ud800" does: tokenizers and UTF-8 refuse it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        broken = text[max(0, error.start - 20):error.end]
-        raise InputError(f"half a character at the end of {broken!r}; expected Unicode text") from None
 
 
 # ----- the index -----------------------------------------------------------------------------------------------------
@@ -416,8 +408,9 @@ class Index:
 
 
 def refuse_to_replace(directory):
-    """InputError where something that is no index stands at `directory`: saving there would delete it."""
-    if Path(directory).exists() and not (Path(directory) / "manifest.json").is_file():
+    """InputError where something other than an index stands at `directory`: saving there would delete it."""
+    directory = Path(directory)
+    if directory.exists() and not (directory.is_dir() and {path.name for path in directory.iterdir()} <= INDEX_FILES):
         raise InputError(f"{directory}: exists and is no index; expected a new folder, or an index to replace")
 
 
@@ -541,7 +534,7 @@ def main(argv=None):
     build.add_argument("--factory", default="Flat", metavar="STRING", help="FAISS index: Flat is exact; IVF1024,Flat "
                        "or HNSW32 for millions of records (default %(default)s, the authors' choice)")
     build.add_argument("--batch-tokens", type=whole(1), metavar="N",
-                       help="tokens of a batch (default 1024 on a CPU, 16384 on a GPU: measured / a guess)")
+                       help="tokens of a batch (default 1024 on a CPU, as measured; 16384 on a GPU)")
     build.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop",
                        help="what to do at a row without a question (default %(default)s)")
     search = commands.add_parser("search", help="print the records nearest to a question")

@@ -7,9 +7,9 @@
 
 Source: FineMedLM-o1 (arXiv 2501.09213, section on test-time training: one step of Adam at 1e-5 on one neighbour, which
 `--recipe paper` does). The default takes k = 4 neighbours once each: on 40 held-out MedQuAD questions that lowered the
-response loss of SmolLM2-135M by 0.105, one neighbour by 0.026, and neither harmed one question.
+response loss of SmolLM2-135M by 0.102, the paper's recipe by 0.026, and neither harmed one question.
 
-Why stochastic rounding. A bf16 weight of 0.05 has neighbours 0.0002 away; a step of 1e-5 is a twentieth of half that
+Why stochastic rounding. A bf16 weight of 0.05 has neighbours 0.00024 away; a step of 1e-5 is a twelfth of half that
 gap, so rounding to nearest puts every weight back where it was. Measured on six traces, mean loss on the trace before
 the step 2.357; after a step of 1e-5 on it: fp32 weights 2.157, bf16 rounded to nearest 2.351 (3 % of the step kept),
 bf16 rounded stochastically 2.157 (all of it). At 5e-5: 1.671, 2.250, 1.671.
@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Tokenizer, messages_of, question_of, render_chat, stream_text, training_example
+from data import Tokenizer, check_unicode, messages_of, question_of, render_chat, stream_text, training_example
 from files import DISCLAIMER, InputError, Parser, number, one_line, read_jsonl, run_main, whole
 from model import generate, load_model, stochastic_round_, stop_ids_of
 from retrieve import Encoder, Index
@@ -247,7 +247,7 @@ def put_back(snapshot, report):
     while not report.restored:
         try:
             snapshot.restore()
-            report.restored = True
+            report.restored, snapshot.model.unusable = True, None
         except (KeyboardInterrupt, SystemExit) as error:
             interrupt = error
         except BaseException as error:
@@ -265,15 +265,26 @@ class Answerer:
     def __init__(self, settings, device="cpu"):
         start = time.perf_counter()
         self.settings = settings
-        self.model = load_model(settings["model"], device, DTYPES[settings["dtype"]])
-        self.tokenizer = Tokenizer.from_dir(settings["model"])
-        self.stop_ids = stop_ids_of(settings["model"]) | {self.tokenizer.end_of_turn()}
         self.index = self.encoder = None
         if settings["ttt"]:
             self.index = Index.load(settings["index"])
             self.encoder = Encoder.from_dir(settings["encoder"] or self.index.encoder_dir, device)
             self.index.check_encoder(self.encoder)
+        self.tokenizer = Tokenizer.from_dir(settings["model"])
+        self.stop_ids = stop_ids_of(settings["model"]) | {self.tokenizer.end_of_turn()}
+        self.model = load_model(settings["model"], device, DTYPES[settings["dtype"]])  # last: it may take minutes
         self.load_s = time.perf_counter() - start
+
+    def example(self, i, system):
+        """Record i of the index as (ids, labels), under the system message of the question if there is one."""
+        try:
+            messages = messages_of(self.index.records[i])
+            if system and messages[0]["role"] == "system":
+                messages = messages[1:]
+            longest = min(MAX_TRACE_TOKENS, self.model.config.max_position_embeddings)
+            return training_example(self.tokenizer, system + messages, longest)
+        except InputError as error:
+            raise InputError(f"{self.settings['index']}: record {i}: {error}") from None
 
     def answer(self, question, history=(), on_neighbours=None, on_text=None):
         """Answers `question` (after earlier messages `history`); returns the dict that --json prints.
@@ -288,9 +299,10 @@ class Answerer:
         if s["ttt"]:
             scores, found = self.index.search(self.encoder.encode([question], is_query=True), s["k"])
             for score, i in zip(scores[0].tolist(), found[0].tolist()):
-                record = self.index.records[i]
-                neighbours.append({"id": i, "score": round(score, 4), "instruction": question_of(record)})
-                examples.append(training_example(self.tokenizer, system + messages_of(record), MAX_TRACE_TOKENS))
+                if i >= 0:  # a FAISS index other than Flat fills up with -1
+                    neighbours.append({"id": i, "score": round(score, 4), "instruction":
+                                       question_of(self.index.records[i], self.index.manifest["field"])})
+                    examples.append(self.example(i, system))
         retrieve_s = time.perf_counter() - start
         with adapted(self.model, examples, steps=s["steps"], lr=s["lr"], optimizer=s["optimizer"], seed=s["seed"],
                      activation_checkpointing=s["activation_checkpointing"],
@@ -323,6 +335,14 @@ class Answerer:
                         "adapt_s": round(report.adapt_s, 3), "generate_s": round(generate_s, 3),
                         "restore_s": round(report.restore_s, 3), "tokens_per_s": round(len(new_ids) / generate_s, 1)},
             "model": str(s["model"]), "disclaimer": DISCLAIMER}
+
+
+def at_line(path, line, function, *args):
+    """function(*args), an InputError of which names the line of the file."""
+    try:
+        return function(*args)
+    except InputError as error:
+        raise InputError(f"{path}:{line}: {error}") from None
 
 
 def split_answer(text):
@@ -386,7 +406,11 @@ def parse_args(argv=None):
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
     if args.recipe == "paper":
-        args.k, args.steps, args.lr, args.optimizer = 1, 1, 1e-5, "adamw"
+        paper = {"k": 1, "steps": 1, "lr": 1e-5, "optimizer": "adamw"}
+        for name, value in paper.items():
+            if getattr(args, name) not in (value, parser.get_default(name)):
+                parser.error(f"--recipe paper and --{name} {getattr(args, name)}: expected one of them")
+            setattr(args, name, value)
     if hasattr(args, "questions") != bool(args.out):
         parser.error("--questions and --out go together: one file to read, one to write")
     if hasattr(args, "question") and not args.question.strip():
@@ -412,7 +436,7 @@ def main(argv=None):
     answered = read_answers(args.out, questions, recorded(settings)) if questions else None
     answerer = Answerer(settings, pick_device(args.device))
     if questions:
-        answer_file(answerer, questions, answered, args.out)
+        answer_file(answerer, args.questions, questions, answered, args.out)
     elif hasattr(args, "chat"):
         chat(answerer, args.json)
     else:
@@ -438,7 +462,7 @@ def answer_one(answerer, question, as_json, history=()):
             print(f"neighbour {neighbour['id']}  score {neighbour['score']:.3f}  {shorten(neighbour['instruction'])}")
         if report.applied:
             change = f"{report.loss_before:.3f} → {report.loss_after:.3f}"
-            print(f"adapted on {len(neighbours)}: loss on the nearest {change}")
+            print(f"adapted: loss on the nearest {change}")
         else:
             print(f"not adapted: {report.reason}")
         print(flush=True)
@@ -447,8 +471,8 @@ def answer_one(answerer, question, as_json, history=()):
     t = result["timings"]
     print(f"\n\n{'' if result['finish_reason'] == 'stop' else '(cut at the longest answer allowed) '}"
           f"load {t['load_s']:.1f} s, retrieve {t['retrieve_s']:.2f} s, adapt {t['adapt_s']:.1f} s, "
-          f"generate {t['generate_s']:.1f} s ({t['tokens_per_s']:.0f} tokens/s), restore {t['restore_s']:.2f} s; "
-          f"weights restored bit for bit\n{DISCLAIMER}")
+          f"generate {t['generate_s']:.1f} s ({t['tokens_per_s']:.0f} tokens/s), restore {t['restore_s']:.2f} s"
+          f"{'; weights restored bit for bit' if result['ttt']['applied'] else ''}\n{DISCLAIMER}")
     return result
 
 
@@ -466,8 +490,14 @@ def chat(answerer, as_json):
             question = input(prompt).strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise InputError(f"the question is not UTF-8 text (byte {error.start})") from None
         if question:
-            result = answer_one(answerer, question, as_json, history)
+            try:
+                result = answer_one(answerer, question, as_json, history)
+            except InputError as error:  # a question too long, say: the next one may be better
+                print("error:", one_line(error), file=sys.stderr)
+                continue
             history += [{"role": "user", "content": question}, {"role": "assistant", "content": result["answer"]}]
 
 
@@ -480,6 +510,7 @@ def read_questions(path):
         question = row.get("question", row.get("instruction"))
         if not isinstance(question, str) or not question.strip():
             raise InputError(f"{path}:{line}: found no question; expected text under \"question\" or \"instruction\"")
+        at_line(path, line, check_unicode, question)
         questions.append((line, question))
     if not questions:
         raise InputError(f"{path}: found no rows; expected one question a line")
@@ -491,18 +522,29 @@ def recorded(settings):
     return {key: value for key, value in settings.items() if key not in ("snapshot", "activation_checkpointing")}
 
 
+OUR_ROW = b'{"line": '  # how each row of --out begins
+
+
 def read_answers(path, questions, settings):
     """The line numbers answered by an earlier run into `path`; a last line cut short by a kill counts as not there.
 
     InputError when the file belongs to other questions or was made with other settings.
     """
     answered, asked = set(), dict(questions)
-    for line, row in read_jsonl(path) if Path(path).exists() else ():
+    if not Path(path).exists():
+        return answered
+    lines, n_bytes = complete_lines(path)
+    with open(path, "rb") as file:
+        file.seek(n_bytes)
+        tail = file.read(len(OUR_ROW))
+    if tail and not OUR_ROW.startswith(tail[:len(OUR_ROW)]):
+        raise InputError(f"{path}:{lines + 1}: found something else than answers; expected a new name for --out")
+    for line, row in read_jsonl(path):
+        if line > lines:
+            break
         if isinstance(row, InputError):
-            if line == complete_lines(path)[0] + 1:
-                break
             raise row
-        if asked.get(row.get("line")) != row.get("question"):
+        if type(row.get("line")) is not int or asked.get(row["line"]) != row.get("question"):
             raise InputError(f"{path}:{line}: answers another question than line {row.get('line')} of --questions; "
                              "expected a file of these questions, or a new name for --out")
         found = row.get("settings")
@@ -524,14 +566,15 @@ def complete_lines(path):
     return lines, n_bytes
 
 
-def answer_file(answerer, questions, answered, path):
+def answer_file(answerer, path_of_questions, questions, answered, path):
     """Appends one row to `path` for every question not yet in `answered`, each on disk before the next is begun."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         file.truncate(complete_lines(path)[1])
         for line, question in tqdm(questions, desc="questions", unit="question", disable=None, file=sys.stderr):
             if line not in answered:
-                row = {"line": line, **answerer.answer(question), "settings": recorded(answerer.settings)}
+                answer = at_line(path_of_questions, line, answerer.answer, question)
+                row = {"line": line, **answer, "settings": recorded(answerer.settings)}
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -2,7 +2,6 @@
 import gzip
 import json
 import random
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -195,11 +194,12 @@ def test_streaming_leaves_control_tokens_out_and_shows_a_cut_character(chatml):
     assert list(stream_text(ours, [])) == []
 
 
-def test_decode_encode_is_the_identity(llama31, llama2):
-    for ours, _ in (llama31, llama2):
-        for messages in CONVERSATIONS:
-            for message in messages:
-                assert ours.decode(ours.encode(message["content"])) == message["content"]
+@pytest.mark.parametrize("vocabulary", ["chatml", "llama31", "llama2"])
+def test_decode_encode_is_the_identity(vocabulary, request):
+    ours, _ = request.getfixturevalue(vocabulary)
+    for messages in CONVERSATIONS:
+        for message in messages:
+            assert ours.decode(ours.encode(message["content"])) == message["content"]
 
 # ----- rows ----------------------------------------------------------------------------------------------------------
 
@@ -264,9 +264,10 @@ def test_unusable_tokenizers_are_refused_in_one_line(smollm2, tmp_path):
     unknown = Tokenizer.from_dir(tmp_path)
     with pytest.raises(InputError, match="no known chat template"):
         render_chat(unknown, say("a"))
-    assert Path(tmp_path).is_dir()
+    with pytest.raises(InputError, match="no known chat template"):
+        unknown.end_of_turn()
 
 
 def test_half_a_surrogate_pair_is_refused(chatml):
-    with pytest.raises(InputError, match="surrogate"):
+    with pytest.raises(InputError, match="half a character"):
         chatml[0].encode("a\ud83d")

@@ -1,6 +1,7 @@
 """files.py: strict reading, writing that leaves the old or the new, and how a program ends."""
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from files import InputError, read_json, read_jsonl, sha256, write_json, written
 
 def test_strict_json(tmp_path):
     path = tmp_path / "x.json"
-    for text, found in (("{", "not valid"), ('{"a": NaN}', "NaN is not JSON"), ('{"a": 1, "a": 2}', "'a' stands twice"),
+    for text, found in (("{", "not valid"), ('{"a": NaN}', "NaN is not JSON"), 
+                        ('{"a": 1, "a": 2}', "'a' stands twice"), ('{"a": 1e999}', "too large"),
                         ("[" * 200_000, "nested too deeply"), ("[1]", "found a JSON list"), ("", "not valid")):
         path.write_text(text)
         with pytest.raises(InputError, match=found):
@@ -60,6 +62,16 @@ def test_a_cut_gzip_file_is_reported(tmp_path):
     (tmp_path / "x.jsonl.gz").write_bytes(whole[:-20])
     with pytest.raises(InputError, match="damaged gzip"):
         list(read_jsonl(tmp_path / "x.jsonl.gz"))
+    whole, refused = gzip.compress(os.urandom(3000).hex().encode() + b"\n"), 0
+    for position in range(10, len(whole), 20):  # of a flipped bit nothing but InputError may come
+        damaged = bytearray(whole)
+        damaged[position] ^= 4
+        (tmp_path / "x.jsonl.gz").write_bytes(damaged)
+        try:
+            refused += any(isinstance(row, InputError) for _, row in read_jsonl(tmp_path / "x.jsonl.gz"))
+        except InputError:
+            refused += 1
+    assert refused == len(range(10, len(whole), 20))
     with pytest.raises(InputError, match="no such file"):
         list(read_jsonl(tmp_path / "none.jsonl"))
 
@@ -78,6 +90,8 @@ def test_written_aside_replaces_files_and_folders_whole(tmp_path):
             (aside / content).write_text(content)
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 2}
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
+    scrap = tmp_path / f".folder.partial-{os.getpid()}"  # of an earlier process with this number
+    scrap.mkdir()
     with pytest.raises(ValueError, match="boom"), written_aside(tmp_path / "folder") as aside:
         aside.mkdir()
         raise ValueError("boom")

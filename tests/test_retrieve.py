@@ -380,9 +380,11 @@ def test_a_save_that_fails_leaves_the_old_index(tiny, records, saved, monkeypatc
 
 def test_saving_never_replaces_something_else(tiny, records, tmp_path):
     (tmp_path / "home").mkdir()
+    Index.build(tiny, records).save(tmp_path / "home")  # an empty folder is as good as none
     (tmp_path / "home" / "thesis.tex").write_text("…")
-    with pytest.raises(InputError, match="is no index"):
-        Index.build(tiny, records).save(tmp_path / "home")
+    for path in (tmp_path / "home", tmp_path / "home" / "thesis.tex"):
+        with pytest.raises(InputError, match="is no index"):
+            Index.build(tiny, records).save(path)
     assert (tmp_path / "home" / "thesis.tex").exists()
 
 

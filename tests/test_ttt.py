@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -117,7 +119,7 @@ def test_the_step_survives_in_the_real_model_and_rounding_to_nearest_would_lose_
 
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw", "lr": 1e-2, "steps": 3},
                                       {"optimizer": "sgd", "lr": 1.0}, {"activation_checkpointing": False},
-                                      {"dtype": torch.float32}])
+                                      {"dtype": torch.float32}, {"snapshot_device": torch.device("cpu")}])
 def test_everything_is_as_it_was(settings):
     settings = dict(settings)
     model = tiny(settings.pop("dtype", torch.bfloat16))
@@ -336,6 +338,20 @@ def test_ten_questions_in_two_orders_give_the_same_tokens(toy, monkeypatch):
     assert any(plain.answer(question)["answer"] != answers[0][question] for question in QUESTIONS)
 
 
+def test_ids_that_faiss_did_not_find_are_no_neighbours(toy, monkeypatch):
+    answerer = ttt.Answerer(settings(toy))
+    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 100)
+    monkeypatch.setattr(answerer.index, "search", lambda vectors, k: (np.array([[0.5, -9e37]]), np.array([[3, -1]])))
+    assert [neighbour["id"] for neighbour in answerer.answer("Q?")["neighbours"]] == [3]
+
+
+def test_a_trace_is_cut_at_the_models_context(toy):
+    answerer = ttt.Answerer(settings(toy))
+    answerer.model.config = replace(answerer.model.config, max_position_embeddings=90)
+    ids, labels = answerer.example(0, [])
+    assert len(ids) == len(labels) == 90
+
+
 def test_the_nearest_trace_of_a_stored_question_is_its_own(toy):
     answerer = ttt.Answerer(settings(toy))
     for i in (0, 20, 54):
@@ -403,6 +419,12 @@ def test_a_file_of_questions_is_resumed_where_it_stopped(toy, run, tmp_path):
     for row in whole + cut:
         row.pop("timings")
     assert cut == whole and [row["line"] for row in whole] == [1, 2, 3, 4]
+    (tmp_path / "bare.jsonl").write_text("".join(lines).rstrip("\n"))  # an editor took the last newline away
+    out = run(*arguments, tmp_path / "bare.jsonl")
+    assert out.returncode == 0 and len((tmp_path / "bare.jsonl").read_text().splitlines()) == 4
+    (tmp_path / "thesis.txt").write_text("my only copy, one line")
+    out = run(*arguments, tmp_path / "thesis.txt")
+    assert out.returncode == 2 and (tmp_path / "thesis.txt").read_text() == "my only copy, one line"
     other = run(*arguments, tmp_path / "cut.jsonl", "--seed", 1)
     assert other.returncode == 2 and "another seed" in other.stderr
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Another?"}) + "\n")
@@ -416,6 +438,9 @@ def test_wrong_input_is_one_line_and_status_2(toy, run, tmp_path):
     good = ["--question", "Q?", "--model", toy / "model", "--index", toy / "index", "--max-new-tokens", 2]
     (tmp_path / "bad.jsonl").write_text('{"question": "a"}\n{"question": ""}\n')
     (tmp_path / "broken.jsonl").write_text('{"question": "a"}\n{"question"\n')
+    (tmp_path / "one.jsonl").write_text('{"question": "a"}\n')
+    (tmp_path / "long.jsonl").write_text('\n{"question": "%s"}\n' % ("a b " * 5000))
+    (tmp_path / "half.jsonl").write_text('{"question": "a \\ud800"}\n')
     (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1"))
     truncated = tmp_path / "truncated"
     shutil.copytree(toy / "model", truncated)
@@ -433,7 +458,12 @@ def test_wrong_input_is_one_line_and_status_2(toy, run, tmp_path):
         (["--question", "  "], "empty question"), ([*good, "--index", "no/index"], "no/index"),
         ([*good, "--model", truncated], "damaged safetensors"), ([*good, "--encoder", other_encoder], "sha256"),
         ([*good, "--index", damaged], "damaged"), ([*good, "--k", "0"], "--k"), ([*good, "--lr", "nan"], "--lr"),
-        ([*good, "--top-p", "1.5"], "--top-p"), ([*good, "--system", tmp_path / "latin1.txt"], "latin1.txt"),
+        ([*good, "--top-p", "1.5"], "--top-p"), ([*good, "--seed", "9" * 20], "--seed"),
+        ([*good, "--recipe", "paper", "--k", "3"], "--recipe paper and --k 3"),
+        (["--questions", tmp_path / "long.jsonl", "--out", tmp_path / "o", *good[2:]], "long.jsonl:2: the prompt has"),
+        (["--questions", tmp_path / "half.jsonl", "--out", tmp_path / "o"], "half.jsonl:1: half a character"),
+        (["--questions", tmp_path / "one.jsonl", "--out", "/proc/none/o", *good[2:]], "/proc/none"),
+        ([*good, "--system", tmp_path / "latin1.txt"], "latin1.txt"),
         ([*good, "--system", "none.txt"], "none.txt: No such file"), ([*good, "--device", "cuda"], "--device cuda"),
         (["--questions", tmp_path / "bad.jsonl", "--out", tmp_path / "o"], "bad.jsonl:2: found no question"),
         (["--questions", tmp_path / "broken.jsonl", "--out", tmp_path / "o"], "broken.jsonl:2: not valid JSON"),
@@ -445,7 +475,7 @@ def test_wrong_input_is_one_line_and_status_2(toy, run, tmp_path):
         out = run(*argv)
         lines = [line for line in out.stderr.splitlines() if not line.startswith("model: ")]
         assert out.returncode == 2 and len(lines) == 1 and found in lines[0] and not out.stdout, (argv, out.stderr)
-    assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "o").exists() or not (tmp_path / "o").read_text()
 
 
 def test_terminated_in_the_middle_ends_with_143_and_no_traceback(toy):
