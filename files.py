@@ -89,7 +89,8 @@ def whole(least, most=2**63 - 1):
         except ValueError:
             value = least - 1
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least {least}"
+                                             + (" that fits 64 bits" if value > most else ""))
         return value
     return parse
 

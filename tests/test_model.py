@@ -166,7 +166,7 @@ def greedy_prompts(tokenizer):
 @pytest.mark.parametrize("which", [slice(start, start + 5) for start in range(0, 20, 5)], ids=str)
 def test_greedy_generation_equals_transformers(real_pair, which):
     """20 prompts × 128 tokens. transformers' greedy choice after each of our prefixes is our next token: by induction
-    its own generation is the same. Two prompts go through its `generate` itself; all of them with --heavy."""
+    its own generation is the same. One prompt goes through its `generate` itself; all of them with --heavy."""
     theirs, ours, tokenizer = real_pair
     for prompt in greedy_prompts(tokenizer)[which]:
         new = list(M.generate(ours, prompt, max_new_tokens=128, temperature=0, stop_ids={2}))
@@ -175,7 +175,7 @@ def test_greedy_generation_equals_transformers(real_pair, which):
         assert choice == new
 
 
-@pytest.mark.parametrize("which", [slice(0, 2), pytest.param(slice(2, 20), marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("which", [slice(0, 1), pytest.param(slice(1, 20), marks=pytest.mark.heavy)])
 def test_greedy_generation_equals_transformers_generate(real_pair, which):
     theirs, ours, tokenizer = real_pair
     for prompt in greedy_prompts(tokenizer)[which]:

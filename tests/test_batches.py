@@ -1,0 +1,185 @@
+"""data.py's training half: reading rows, drawing them, and dividing them into steps and micro-batches."""
+import gzip
+import json
+from itertools import chain, islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import (
+    CHAT_TEMPLATES,
+    Tokenizer,
+    collate,
+    draw_rows,
+    render_chat,
+    render_rows,
+    show_example,
+    split_step,
+    steps_of_epochs,
+)
+from files import InputError
+
+FINEMED = {"text": "a passage", "instruction": "What is ketosis?", "complexity": 3, "quality": 8, "language": "en",
+           "response": "Ketones in the blood.", "instruction_type": "common"}
+MESSAGES = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"},
+                         {"role": "assistant", "content": "Because."}]}
+PAIR = {"prompt": "How many?", "response": "Two."}
+PREFERENCE = {"prompt": [{"role": "user", "content": "Who?"}],
+              "chosen": [{"role": "assistant", "content": "The nurse."}],
+              "rejected": [{"role": "assistant", "content": "Nobody."}]}
+
+
+def write(path, rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    data = ("\n".join(lines) + "\n").encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+# ----- reading and drawing -------------------------------------------------------------------------------------------
+
+
+def test_all_kinds_of_rows_are_read_from_plain_and_gz_files(tmp_path):
+    files = [write(tmp_path / "a.jsonl", [FINEMED, MESSAGES]), write(tmp_path / "b.jsonl.gz", [PAIR, PREFERENCE])]
+    rows, report = draw_rows(files, 10, seed=0)
+    found = {where.rsplit("/")[-1]: messages for where, messages in rows}
+    assert sorted((where, messages[-1]["content"]) for where, messages in found.items()) == [
+        ("a.jsonl:1", "Ketones in the blood."), ("a.jsonl:2", "Because."), ("b.jsonl.gz:1", "Two."),
+        ("b.jsonl.gz:2", "The nurse.")]
+    assert found["a.jsonl:2"][0] == {"role": "system", "content": "Be brief."}
+    assert report == {"read": 4, "files": {files[0]: 2, files[1]: 2}, "faults": []}
+
+
+@pytest.mark.parametrize("row, message", [
+    ("{not json", "rows.jsonl:2: not valid JSON"),
+    ("[1, 2]", "rows.jsonl:2: found list, expected a JSON object"),
+    ({"instruction": "only a question"},
+     r"rows.jsonl:2: found no text under response or chosen or completion \(keys: instr"),
+    ({"messages": "hello"}, "rows.jsonl:2: messages is of type str; expected a list"),
+    ({"messages": [{"role": "user", "content": "?"}]}, "rows.jsonl:2: the last message is from the user"),
+    ({"instruction": "?", "response": 7}, "rows.jsonl:2: found no text under response"),
+])
+def test_a_bad_row_stops_or_is_counted(tmp_path, row, message):
+    path = write(tmp_path / "rows.jsonl", [PAIR, row, PAIR])
+    with pytest.raises(InputError, match=message):
+        draw_rows([path], 10, seed=0)
+    rows, report = draw_rows([path], 10, seed=0, on_bad_row="skip")
+    assert len(rows) == 2 and report["bad"] == 1 and report["faults"][0].startswith(str(path) + ":2")
+
+
+def test_the_draw_depends_on_the_seed_and_the_place_alone(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [PAIR | {"response": str(i)} for i in range(200)])
+    all_rows = [where for where, _ in draw_rows([path], 200, seed=1)[0]]
+    assert len(set(all_rows)) == 200
+    assert [where for where, _ in draw_rows([path], 50, seed=1)[0]] == all_rows[:50]
+    assert [where for where, _ in draw_rows([path], 50, seed=2)[0]] != all_rows[:50]
+    # about a quarter of a quarter: 50 of 200 drawn, 12.5 of them expected among the first 50
+    assert 4 < sum(int(where.rpartition(":")[2]) <= 50 for where in all_rows[:50]) < 24
+
+
+def test_rows_of_another_kind_are_left_out(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [FINEMED, FINEMED | {"instruction_type": "complex"}, PAIR])
+    rows, report = draw_rows([path], 10, seed=0, kind="complex")
+    assert sorted(where[-1] for where, _ in rows) == ["2", "3"] and report["other kind"] == 1
+
+
+def test_rendering_truncates_answers_and_drops_what_has_none_left(smollm2):
+    tokenizer = Tokenizer.from_dir(smollm2)
+    rows = [("short", messages("Hi?", "Yes.")), ("long", messages("Hi?", "word " * 100)),
+            ("prompt", messages("word " * 100, "Yes."))]
+    examples, report = render_rows(tokenizer, rows, 60)
+    assert [where for where, *_ in examples] == ["short", "long"] and report["dropped"] == 1
+    assert report["truncated"] == 2 and [len(ids) for _, ids, _ in examples][1] == 60
+    with pytest.raises(InputError, match="bad: half a character"):
+        render_rows(tokenizer, [("bad", messages("\ud800", "Yes."))], 60)
+    assert render_rows(tokenizer, [("bad", messages("\ud800", "Yes."))], 60, on_bad_row="skip")[1]["bad"] == 1
+
+
+def messages(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_inspection_marks_exactly_what_is_trained(smollm2):
+    tokenizer = Tokenizer.from_dir(smollm2)
+    (_, ids, labels), = render_rows(tokenizer, [("", messages("Why?", "Because."))], 100)[0]
+    assert show_example(tokenizer, ids, labels, colour=False).endswith(
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n⟦Because.<|im_end|>⟧")
+    assert "\x1b[30;42mBecause.<|im_end|>\x1b[0m" in show_example(tokenizer, ids, labels)
+
+
+def test_exported_chat_templates_are_ours():
+    """Jinja from CHAT_TEMPLATES against render_chat, with and without a system message and a generation prompt."""
+    jinja2 = pytest.importorskip("jinja2")
+    control = {name: i for i, name in enumerate((
+        "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>",
+        "<s>", "</s>"))}
+    names = {i: name for name, i in control.items()}
+    for template, source in CHAT_TEMPLATES.items():
+        characters = Tokenizer(lambda text: [ord(c) + 100 for c in text], None, control, set(), template, 1 << 21)
+        for system in ([], [{"role": "system", "content": " Be brief. "}]):
+            for ask in (True, False):
+                talk = [*system, *messages(" Why? ", "Because."), *messages("So?", " Yes. ")][:-1 if ask else None]
+                ids, _ = render_chat(characters, talk, add_generation_prompt=ask)
+                ours = "".join(names.get(i) or chr(i - 100) for i in ids)
+                compiled = jinja2.Template(source, keep_trailing_newline=True)
+                assert compiled.render(messages=talk, add_generation_prompt=ask) == ours, template
+
+# ----- steps and micro-batches ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(50, 2000), st.integers(1, 8))
+def test_a_step_is_divided_without_loss_within_the_budget(lengths, budget, world):
+    bins = split_step(lengths, budget, world)
+    assert len(bins) % world == 0 and sorted(chain(*bins)) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in own) <= budget or len(own) == 1 for own in bins)
+    order = [lengths[i] for i in chain(*bins)]
+    assert order == sorted(order, reverse=True)  # rows of similar length lie together
+    loads = [sum(lengths[i] for i in own) for own in bins]
+    assert max(loads) <= sum(lengths) / len(bins) + max(lengths)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_row_exactly_once_an_epoch_and_the_same_rows_in_each_step(world):
+    lengths = np.random.default_rng(0).integers(10, 500, 101).tolist()
+    reference = [rows for rows, _ in islice(steps_of_epochs(lengths, batch_size=8, budget=10**6, seed=3), 26)]
+    assert sorted(chain(*reference[:13])) == sorted(chain(*reference[13:])) == list(range(101))
+    assert reference[:13] != reference[13:]
+    ranks = [list(islice(steps_of_epochs(lengths, batch_size=8, budget=600, seed=3, rank=rank, world=world), 26))
+             for rank in range(world)]
+    for step, rows in enumerate(reference):
+        assert all(own[step][0] == rows for own in ranks)
+        assert sorted(chain(*(micro for own in ranks for micro in own[step][1]))) == sorted(rows)
+        assert len({len(own[step][1]) for own in ranks}) == 1  # every rank takes part in every collective
+
+
+@pytest.mark.parametrize("consumed", [0, 8, 96, 101, 109, 202])
+def test_the_position_follows_from_the_rows_consumed(consumed):
+    """96: before the last, smaller step of an epoch; 101 and 202: at the border of two."""
+    plan = {"batch_size": 8, "budget": 600, "seed": 3}
+    lengths = np.random.default_rng(0).integers(10, 500, 101).tolist()
+    steps = [rows for rows, _ in islice(steps_of_epochs(lengths, **plan), 40)]
+    before = 0
+    while sum(map(len, steps[:before])) < consumed:
+        before += 1
+    later = [rows for rows, _ in islice(steps_of_epochs(lengths, **plan, world=2, consumed=consumed), 10)]
+    assert later == steps[before:before + 10]
+
+
+def row(*ids):
+    labels = [*ids[1:], -100]
+    return "where", np.array(ids, np.int32), np.array(labels, np.int32)
+
+
+def test_packed_and_padded_by_hand():
+    packed = collate([row(1, 2, 3), row(4, 5)])
+    assert packed["ids"].tolist() == [[1, 2, 3, 4, 5]] and packed["labels"].tolist() == [[2, 3, -100, 5, -100]]
+    assert packed["positions"].tolist() == [0, 1, 2, 0, 1] and packed["documents"] == [3, 2]
+    padded = collate([row(1, 2, 3), row(4, 5)], packed=False)
+    assert padded["ids"].tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert padded["labels"].tolist() == [[2, 3, -100], [5, -100, -100]]
+    assert collate([row(1, 2), row(4, 5)])["documents"] is None  # nothing to gain: one length
+    empty = collate([])
+    assert empty["ids"].shape == (1, 1) and (empty["labels"] == -100).all() and empty["ids"].dtype == torch.int64
