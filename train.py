@@ -57,6 +57,7 @@ from files import (
 from model import (
     Llama,
     LlamaConfig,
+    add_,
     causal_attention,
     check_checkpoint,
     checkpoint_files,
@@ -214,7 +215,7 @@ def gradient_hook(total):
     """
     @torch.no_grad()
     def add(parameter):
-        total.add_(local(parameter.grad))
+        add_(total, local(parameter.grad))
         parameter.grad = None
     return add
 

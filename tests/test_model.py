@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import ROOT
 from safetensors import safe_open
@@ -89,13 +90,74 @@ def test_label_logps_equal_the_full_softmax_and_so_do_the_gradients(tmp_path, mo
     labels[:, :15] = -100
     full = ours(ids).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
     expected = torch.autograd.grad(full.sum(), ours.parameters())
-    for chunk in (1024, 7):  # one chunk; many
-        monkeypatch.setattr(M, "LOGITS_CHUNK", (chunk, chunk))
+    for size in (300, 7):  # one block of the vocabulary; many
+        blocks = [slice(start, start + size) for start in range(0, 300, size)]
+        monkeypatch.setattr(M.TokenLogps, "blocks", staticmethod(lambda h, weight, blocks=blocks: blocks))
         logps = ours(ids, labels=labels)
         found = torch.autograd.grad(logps.sum(), ours.parameters())
         torch.testing.assert_close(logps, full, rtol=1e-5, atol=1e-5)
         for f, e in zip(found, expected):
             torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
+
+
+def test_a_confident_token_keeps_its_small_gradient_in_bf16():
+    """p(label) = 1 - 0.00017: its gradient p - 1 is computed before it is rounded; bf16 of p alone would be 1."""
+    h, weight = torch.tensor([[8.0]]).bfloat16(), torch.zeros(4096, 1, dtype=torch.bfloat16)
+    weight[5] = 2.125  # logits 17 and 0
+    h.requires_grad_()
+    M.token_logps(h, weight, torch.tensor([5])).sum().backward()
+    missing = 4095 / (math.exp(17) + 4095)
+    assert h.grad.item() == pytest.approx(2.125 * missing, rel=0.02)
+
+
+@pytest.mark.parametrize("queries, keys, heads", [(300, 300, 9), (1, 1, 3), (128, 128, 3), (50, 300, 6), (129, 130, 3)])
+def test_blocked_attention_is_masked_attention(queries, keys, heads):
+    """Output and gradients in fp32 against one softmax over all scores; 3 key-value heads."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, length, 16, generator=generator).requires_grad_()
+               for n, length in ((heads, queries), (3, keys), (3, keys)))
+    grad = torch.randn(q.shape, generator=generator)
+    scores = q @ k.repeat_interleave(heads // 3, 1).mT / 4
+    seen = torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries
+    expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.repeat_interleave(heads // 3, 1)
+    found = M.BlockedAttention.apply(q, k, v)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for own, other in zip(torch.autograd.grad(found, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+def test_blocked_attention_in_bf16_is_as_exact_as_torchs():
+    """How far output and gradients are from fp32's, on strided views as the model makes them."""
+    heads = torch.randn(1, 300, 15, 64, generator=torch.Generator().manual_seed(0)).transpose(1, 2).split([9, 3, 3], 1)
+
+    def outcomes(attention, dtype):
+        q, k, v = (x.bfloat16().to(dtype).requires_grad_() for x in heads)
+        out = attention(q, k, v)
+        return out, *torch.autograd.grad(out, (q, k, v), heads[0].to(dtype))
+
+    def torchs(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    exact = outcomes(torchs, torch.float32)
+    ours, theirs = ([((found - e).norm() / e.norm()).item() for found, e in zip(outcomes(f, torch.bfloat16), exact)]
+                    for f in (M.causal_attention, torchs))
+    assert all(own < 2 * other for own, other in zip(ours, theirs)), (ours, theirs)
+
+
+def test_norm_and_gate_keep_little_and_lose_nothing():
+    """The hand-written backward passes against autograd's through the plain formulas, in fp32 and from bf16 weights."""
+    generator = torch.Generator().manual_seed(0)
+    x, gate_up, weight, grad = (torch.randn(shape, generator=generator) for shape in
+                                ((2, 5, 32), (2, 5, 64), (32,), (2, 5, 32)))
+    for w in (weight, weight.bfloat16()):
+        pairs = [(lambda x, w: M.KeepInputNorm.apply(x, w, 1e-5),
+                  lambda x, w: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w, (x, w)),
+                 (M.GatedSiLU.apply, lambda x: F.silu(x[..., :32]) * x[..., 32:], (gate_up,))]
+        for own, plain, inputs in pairs:
+            inputs = [one.clone().requires_grad_() for one in inputs]
+            found, expected = own(*inputs), plain(*inputs)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            for f, e in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
+                torch.testing.assert_close(f, e, rtol=1e-2 if f.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
 def test_no_label_at_all_gives_zero_and_a_zero_gradient(tmp_path):
