@@ -424,6 +424,7 @@ def decoder(model, cache):
     # rotation, in fp32; as v is not turned, its cos is 1 and its sin 0, and all heads go through in one piece
     x, turned, cos, sin = torch.zeros(4, H + 2 * K, C, device=like.device)
     cos[H + K:] = 1
+    table = rotary_table(config, torch.arange(cache.kv.shape[3], device=like.device))
     (x1, x2), (turned1, turned2), (sin1, sin2) = [whole.chunk(2, dim=-1) for whole in (x, turned, sin)]
     turned_q, turned_kv = turned.split([H, 2 * K])
 
@@ -431,7 +432,7 @@ def decoder(model, cache):
         if model.unusable:
             raise RuntimeError(model.unusable)
         position, end = cache.length, cache.length + 1
-        cos[:H + K], sin[:H + K] = rotary_table(config, torch.tensor(position, device=like.device))
+        cos[:H + K], sin[:H + K] = table[0][position], table[1][position]
         places = cache.kv[:, 0, :, position].unbind()
         keys, values = cache.k[:, :, :, :end].unbind(), cache.v[:, :, :, :end].unbind()
         h.copy_(model.embed.weight[token])
