@@ -496,13 +496,16 @@ def parameter_count(config):
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once for `max_length` positions: k, v [L, B, K, max_length, C]."""
+    """Keys and values of all layers, allocated once for `max_length` positions: kv [L, B, 2K, max_length, C].
+
+    The heads of k come first, then those of v, so that one token's are written by one copy; k and v are views.
+    """
 
     def __init__(self, model, max_length, batch_size=1):
         config, weight = model.config, model.norm.weight
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.k = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.v = torch.empty_like(self.k)
+        shape = (config.num_hidden_layers, batch_size, 2 * config.num_key_value_heads, max_length, config.head_dim)
+        self.kv = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.k, self.v = self.kv.chunk(2, dim=2)
         self.length = 0  # positions filled so far
 
     def layer(self, i):
@@ -517,16 +520,76 @@ class KVCache:
         return extend
 
 
+def rms_norm_vector(x, weight, eps, zeros):
+    """RMSNorm of one vector [D]; `zeros` is a vector of them. On a CPU in two operations where F.rms_norm needs eight,
+    each of which costs more than its arithmetic; a GPU has one kernel for it, and would have to wait for `item`."""
+    if x.device.type != "cpu":
+        return F.rms_norm(x, x.shape, weight, eps)
+    length = torch.linalg.vector_norm(x, dtype=torch.float32).item()
+    return torch.addcmul(zeros, x, weight, value=(length * length / len(x) + eps) ** -0.5)
+
+
+def decoder(model, cache):
+    """A function token -> logits [V]: what `model` gives for one more token of the one text in `cache`, with less ado.
+
+    A token's time should go into reading the weights. So here are no modules and nothing is allocated that can be kept:
+    every intermediate is a vector of the weights' dtype with its place, and every view on it is made once. The weights
+    are those of the model, not copies: a step sees what was changed in place. Call it without gradients.
+    """
+    config, like = model.config, model.norm.weight
+    H, K, C, eps = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rms_norm_eps
+    layers = [(layer.attention_norm.weight, layer.attention.qkv.weight, layer.attention.out.weight,
+               layer.mlp_norm.weight, layer.mlp.gate_up.weight, layer.mlp.down.weight) for layer in model.layers]
+    h, zeros, added = torch.zeros(3, config.hidden_size, dtype=like.dtype, device=like.device)
+    q, qkv = like.new_empty(H, C), like.new_empty((H + 2 * K) * C)
+    grouped_q, qkv_heads = q.view(1, K, H // K, C), qkv.view(-1, C)  # the queries that share a key are rows of a matrix
+    gate_up = like.new_empty(2 * config.intermediate_size)
+    gate, up = gate_up.chunk(2)
+    # rotation, in fp32; as v is not turned, its cos is 1 and its sin 0, and all heads go through in one piece
+    x, turned, cos, sin = torch.zeros(4, H + 2 * K, C, device=like.device)
+    cos[H + K:] = 1
+    table = rotary_table(config, torch.arange(cache.kv.shape[3], device=like.device))
+    (x1, x2), (turned1, turned2), (sin1, sin2) = [whole.chunk(2, dim=-1) for whole in (x, turned, sin)]
+    turned_q, turned_kv = turned.split([H, 2 * K])
+
+    def step(token):
+        if model.unusable:
+            raise RuntimeError(model.unusable)
+        position, end = cache.length, cache.length + 1
+        cos[:H + K], sin[:H + K] = table[0][position], table[1][position]
+        places = cache.kv[:, 0, :, position].unbind()
+        keys, values = cache.k[:, :, :, :end].unbind(), cache.v[:, :, :, :end].unbind()
+        h.copy_(model.embed.weight[token])
+        for weights, place, k, v in zip(layers, places, keys, values):
+            attention_norm, to_qkv, to_out, mlp_norm, to_gate_up, to_down = weights
+            torch.mv(to_qkv, rms_norm_vector(h, attention_norm, eps, zeros), out=qkv)
+            x.copy_(qkv_heads)
+            torch.mul(x, cos, out=turned)
+            turned1.addcmul_(x2, sin1)
+            turned2.addcmul_(x1, sin2)
+            place.copy_(turned_kv)
+            q.copy_(turned_q)
+            attended = F.scaled_dot_product_attention(grouped_q, k, v)
+            h.add_(torch.mv(to_out, attended.view(-1), out=added))
+            torch.mv(to_gate_up, rms_norm_vector(h, mlp_norm, eps, zeros), out=gate_up)
+            F.silu(gate, inplace=True).mul_(up)
+            h.add_(torch.mv(to_down, gate, out=added))
+        cache.length = end
+        return torch.mv(model.head.weight, rms_norm_vector(h, model.norm.weight, eps, zeros))
+    return step
+
+
 def sample(logits, generator, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0):
     """One token id from logits [V]: temperature, then top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082).
 
     temperature 0 takes the largest logit; top_k 0, top_p 1 and min_p 0 switch those filters off. InputError when the
     logits are not finite: then the weights are not sound.
     """
-    if not logits.isfinite().all():
+    lowest, highest = logits.aminmax()  # one quick pass that NaN and infinities come through
+    if not (highest - lowest).isfinite():
         raise InputError("the model gives logits that are not finite numbers; expected sound weights")
     if temperature < 1e-5:  # logits divided by less would overflow
-        return int(logits.argmax())
+        return int(logits.max(0).indices)  # the first of equals, as argmax, which is five times slower for bf16
     logits = logits.float() / temperature
     k = min(top_k or len(logits), len(logits))
     values, order = logits.topk(min(k, 512))  # nearly always the nucleus lies here, and sorting all of V is slow
@@ -569,15 +632,17 @@ def generate(model, ids, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, to
     generator.manual_seed(seed) if seed is not None else generator.seed()
     max_new_tokens = min(max_new_tokens, limit - len(ids) + 1)
     cache = KVCache(model, len(ids) + max_new_tokens)
-    fed = torch.tensor([ids], device=device)
+    step, token = decoder(model, cache), None
     for _ in range(max_new_tokens):
-        with torch.no_grad(), onednn(fed.shape[1] > 1):
-            logits = model(fed, cache=cache, last_only=True)[0, -1]
+        with torch.inference_mode(), onednn(token is None):
+            if token is None:
+                logits = model(torch.tensor([ids], device=device), cache=cache, last_only=True)[0, -1]
+            else:
+                logits = step(token)
             token = sample(logits, generator, temperature, top_p, top_k, min_p)
         yield token
         if token in stop_ids:
             return
-        fed = torch.tensor([[token]], device=device)
 
 # ----- Hugging Face checkpoints --------------------------------------------------------------------------------------
 

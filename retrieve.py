@@ -82,9 +82,19 @@ def self_attention(qkv, groups, n_heads):
     return torch.cat(attended)
 
 
-def add_linear_(x, linear, y):
-    """x + linear(y), written over x: the matrix product adds to what is there, so the sum costs no pass of its own."""
-    return x.add_(linear.bias).addmm_(y, linear.weight.T)
+def linear(x, layer, gelu=False, plus=None):
+    """layer(x) for x [M, in], then the exact GELU (with erf) or the sum with `plus` [M, out].
+
+    On a CPU in fp32 it calls oneDNN by name, which does either in the same pass: torch itself gives fp32 products to
+    MKL, and on AMD processors that is slower by half (measured on Zen 5: 110 against 250 GFLOP/s a core, both exact).
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        product = torch.ops.mkldnn._linear_pointwise
+        if plus is not None:
+            return product.binary(x, plus, layer.weight, layer.bias, "add")
+        return product(x, layer.weight, layer.bias, "gelu" if gelu else "none", [], "none")
+    y = layer(x)
+    return F.gelu(y) if gelu else y if plus is None else y.add_(plus)
 
 
 class Layer(nn.Module):
@@ -101,9 +111,9 @@ class Layer(nn.Module):
         self.down = nn.Linear(inner, width)
         self.down_norm = nn.LayerNorm(width, eps)
 
-    def forward(self, x, groups):  # x [M, D] is overwritten
-        x = self.out_norm(add_linear_(x, self.out, self_attention(self.qkv(x), groups, self.n_heads)))
-        return self.down_norm(add_linear_(x, self.down, F.gelu(self.up(x))))  # the exact GELU, with erf
+    def forward(self, x, groups):  # x [M, D]
+        x = self.out_norm(linear(self_attention(linear(x, self.qkv), groups, self.n_heads), self.out, plus=x))
+        return self.down_norm(linear(linear(x, self.up, gelu=True), self.down, plus=x))
 
 
 class Bert(nn.Module):

@@ -254,6 +254,49 @@ def test_a_prompt_fed_in_pieces_through_the_cache_gives_the_same_logits(tmp_path
         torch.testing.assert_close(pieces, ours(ids), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_one_token_step_gives_the_logits_of_the_plain_forward(name, tmp_path):
+    """Also after the weights were changed in place, as test-time training does: the step keeps no copies of them."""
+    _, ours = tiny_pair(name, tmp_path)
+    ids = torch.randint(0, 300, (1, 12), generator=torch.Generator().manual_seed(5))
+    cache = M.KVCache(ours, 12)
+    step = M.decoder(ours, cache)
+    with torch.no_grad():
+        ours(ids[:, :5], cache=cache)
+        for position in range(5, 12):
+            torch.testing.assert_close(step(int(ids[0, position])), ours(ids[:, :position + 1])[0, -1],
+                                       rtol=1e-5, atol=1e-5)
+        for parameter in ours.parameters():
+            parameter.mul_(1.5)
+        cache.length = 0
+        torch.testing.assert_close(step(7), ours(torch.tensor([[7]]))[0, -1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_one_token_step_in_bf16_is_as_near_to_fp32_as_the_plain_forward(tmp_path):
+    _, exact = tiny_pair("untied, llama3 scaling", tmp_path)
+    for parameter in exact.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    half = M.Llama(exact.config).to(torch.bfloat16)
+    half.load_state_dict(exact.state_dict())
+    ids = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(6))
+    cache = M.KVCache(half, 40)
+    step = M.decoder(half, cache)
+    with torch.no_grad():
+        expected, plain = exact(ids)[0], half(ids)[0]
+        stepped = torch.stack([step(token) for token in ids[0].tolist()])
+    errors = [(logits.float() - expected).norm() / expected.norm() for logits in (stepped, plain)]
+    assert errors[0] <= 1.25 * errors[1] < 0.05, errors
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_refused(bad):
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = torch.randn(1000).to(dtype)
+        logits[500] = bad
+        with pytest.raises(InputError, match="not finite"):
+            M.sample(logits, None, temperature=0)
+
+
 def reference_filter(logits, temperature, top_p, top_k, min_p):
     """transformers' own warpers, in its order, as probabilities."""
     from transformers.generation import logits_process as L

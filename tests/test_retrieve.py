@@ -154,6 +154,13 @@ def test_the_new_pooling_file_reads_the_same(tmp_path):
     assert (Encoder.from_dir(directory).encode(["asthma drug"]) == before).all()
 
 
+def test_with_and_without_onednn_the_vectors_are_the_same(tiny, monkeypatch):
+    batch = texts(30, seed=6)
+    found = tiny.encode(batch)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    np.testing.assert_allclose(tiny.encode(batch), found, atol=1e-6)
+
+
 @pytest.mark.parametrize("limit, expected", [(12, 12), (500, 64), (None, 64)])
 def test_texts_are_cut_to_what_the_model_allows(tmp_path, limit, expected):
     encoder = Encoder.from_dir(tiny_encoder(tmp_path / "encoder", max_seq_length=limit)[0])
