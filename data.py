@@ -321,8 +321,8 @@ def training_example(tokenizer, messages, max_length=None):
 # ----- training rows -------------------------------------------------------------------------------------------------
 
 
-def draw_rows(paths, count, seed, *, on_bad_row="stop", kind=None):
-    """`count` rows drawn from jsonl files (plain or .gz), in random order: ([(where, messages), …], report).
+def draw_rows(paths, count, seed, *, parse=messages_of, on_bad_row="stop", kind=None):
+    """`count` rows drawn from jsonl files (plain or .gz), in random order: ([(where, parse(row)), …], report).
 
     One pass that holds only the rows it will return: each row has a random number that depends on `seed` and its place
     alone, and the `count` smallest win. All rows if there are fewer. `kind` leaves out rows whose instruction_type is
@@ -336,23 +336,23 @@ def draw_rows(paths, count, seed, *, on_bad_row="stop", kind=None):
             for number, row in read_jsonl(path):
                 counts["read"] += 1
                 per_file[str(path)] += 1
-                error, messages = row, None
+                error, parsed = row, None
                 if not isinstance(row, InputError):
-                    error, messages = parse_messages(row, f"{path}:{number}")
+                    error, parsed = try_to(parse, row, f"{path}:{number}")
                 if error:
                     note_bad_row(error, on_bad_row, counts, faults)
                 elif kind and row.get("instruction_type", kind) != kind:
                     counts["other kind"] += 1
                 else:
-                    yield random_number(seed, place, number), (f"{path}:{number}", messages)
+                    yield random_number(seed, place, number), (f"{path}:{number}", parsed)
     drawn = heapq.nsmallest(count, good_rows(), key=lambda keyed: keyed[0])
     return [row for _, row in drawn], {**counts, "files": dict(per_file), "faults": faults}
 
 
-def parse_messages(record, where):
-    """(None, messages) of a row, or (the InputError that says where and what is wrong, None)."""
+def try_to(parse, record, where):
+    """(None, parse(record)), or (the InputError that says where and what is wrong, None)."""
     try:
-        return None, messages_of(record)
+        return None, parse(record)
     except InputError as error:
         return InputError(f"{where}: {error}"), None
 
@@ -374,7 +374,7 @@ def render_rows(tokenizer, rows, max_length, *, on_bad_row="stop"):
 
     An answer that does not fit loses its end ("truncated"), a row with nothing left to train is dropped ("dropped").
     """
-    examples, counts, faults = [], Counter(), []
+    examples, counts, faults = [], Counter(truncated=0, dropped=0), []
     for where, messages in rows:
         try:
             ids, labels = training_example(tokenizer, messages)

@@ -20,7 +20,7 @@ import model as model_module
 import train
 from data import Tokenizer, collate, draw_rows, render_rows, steps_of_epochs
 from files import run_main, whole
-from sft import loss_fn, micro_batches_of
+from sft import loss_fn, tokens_of
 
 ROUNDINGS = ("fp32", "shipped", "nearest")
 
@@ -43,13 +43,13 @@ def run(args, rounding, examples, folder):
             lengths, batch_size=args.batch_size, budget=1024, seed=0))
         for _ in tqdm(range(args.steps), desc=rounding, file=sys.stderr):
             train.take_step(training, batches, loss_fn, args.lr, 1.0, ())
-        held = micro_batches_of(examples, 1024, world)
-        computed = train.evaluate(training, held, loss_fn)
+        held = train.micro_batches_of(examples, 1024, world, tokens=tokens_of, collate=collate)
+        computed = train.evaluate(training, held, loss_fn)["loss"]
         train.export_model(training, folder / rounding, source=args.model, dtype=dtype, card="")
     finally:
         train.stochastic_round_, model_module.stochastic_round_ = plain
     training.model = model_module.load_model(folder / rounding, args.device, dtype)
-    return computed, train.evaluate(training, held, loss_fn)
+    return computed, train.evaluate(training, held, loss_fn)["loss"]
 
 
 def main():
@@ -68,7 +68,8 @@ def main():
     examples, _ = render_rows(Tokenizer.from_dir(args.model), rows, args.max_length)
     world = train.World(0, 1, torch.device(args.device))
     start = train.load_training(args.model, world, dtype=torch.float32)
-    before = train.evaluate(start, micro_batches_of(examples, 1024, world), loss_fn)
+    held = train.micro_batches_of(examples, 1024, world, tokens=tokens_of, collate=collate)
+    before = train.evaluate(start, held, loss_fn)["loss"]
     del start
     with tempfile.TemporaryDirectory() as folder:
         losses = {rounding: run(args, rounding, examples, Path(folder)) for rounding in ROUNDINGS}
