@@ -15,9 +15,19 @@ import sys
 
 from data import collate, messages_of, render_rows, show_example
 from files import Parser, run_main
-from train import add_flags, label_logps, open_run, print_plan, read_examples, run, stop
-
-SUMMARY, CODE, REVIEW, OURS = ("the paper's summary", "the authors' code", "a review of the paper", "our choice")
+from train import (
+    CODE,
+    OURS,
+    REVIEW,
+    SUMMARY,
+    add_flags,
+    label_logps,
+    open_run,
+    print_plan,
+    read_examples,
+    run,
+    stop,
+)
 
 EVERY_STAGE = {"batch_size": (128, CODE), "warmup": (0.1, CODE), "weight_decay": (0.01, CODE), "clip": (1.0, OURS),
                "seed": (42, CODE), "max_length": (6144, "the authors' later runs")}

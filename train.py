@@ -376,14 +376,18 @@ def take_step(training, stream, loss_fn, lr, clip, signals):
     return row | {"signal": signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0}, rows
 
 
+def on_device(batch, device):
+    """A micro-batch with its tensors on `device`."""
+    return {key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items()}
+
+
 @torch.no_grad()
 def evaluate(training, micro_batches, loss_fn):
     """{"loss" and the names of loss_fn's sums: per counted token or pair} over all ranks' `micro_batches`."""
     loss, count, sums = 0, 0, Counter()
     for batch in tqdm(micro_batches, desc="held-out rows", unit="batch", delay=2, leave=False, file=sys.stderr,
                       disable=None if training.world.rank == 0 else True):
-        batch = {key: x.to(training.world.device) if torch.is_tensor(x) else x for key, x in batch.items()}
-        part, n, extra = loss_fn(training.model, batch)
+        part, n, extra = loss_fn(training.model, on_device(batch, training.world.device))
         loss, count = loss + part.double(), count + n
         for name, value in extra.items():
             sums[name] += value
@@ -682,6 +686,10 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
     return parts
 
 
+# where the numbers of the recipe come from
+SUMMARY, CODE, REVIEW, OURS = ("the paper's summary", "the authors' code", "a review of the paper", "our choice")
+
+
 def add_flags(parser, chosen):
     """The flags that SFT and DPO share; `chosen` {name: (default, where the number comes from)}."""
     def flag(name, kind, text, **more):
@@ -803,12 +811,14 @@ def micro_batches_of(examples, budget, world, *, tokens, collate):
     return [collate([examples[i] for i in own]) for own in bins]
 
 
-def run(args, name, world, config, examples, held, plan, *, fixed, tokens, collate, loss_fn, prepare=None):
+def run(args, name, world, config, examples, held, plan, *, fixed, tokens, collate, loss_fn, prepare=None,
+        reported=("loss",)):
     """Trains, exports and says what came of it: the part of a run that touches weights.
 
     tokens(example): its length in a micro-batch; collate([example, …]) -> micro-batch; loss_fn: see `fit`. `fixed`
-    names the flags that, beside the shared ones, a resume must agree on. prepare(training, {file, rows, sha256} of the
-    data) is called on the model the run starts from, before anything of an earlier run is loaded.
+    names the flags that, beside the shared ones, a resume must agree on. prepare(training, [{file, rows, sha256}] of
+    the data) is called on the model the run starts from, before anything of an earlier run is loaded. `reported` are
+    the held-out numbers for the summary and the model card.
     """
     out = Path(args.out)
     files = [{"file": file, "rows": plan["files"].get(file, 0), "sha256": digest} for file, digest in from_rank_0(
@@ -836,7 +846,7 @@ def run(args, name, world, config, examples, held, plan, *, fixed, tokens, colla
     fit(training, batches, loss_fn, steps=plan["steps"], lr=args.lr, warmup=args.warmup, clip=args.clip, out=out,
         save_every=args.save_every, keep=args.keep, facts=facts, where=lambda row: examples[row][0],
         validate=(lambda: evaluate(training, held_batches, loss_fn)) if held else None)
-    results = results_of(out)
+    results = results_of(out, reported)
     card = None
     if world.rank == 0:
         card = model_card(f"FineMedLM-o1-{name}", config, source=args.model, files=files, results=results,
@@ -848,11 +858,11 @@ def run(args, name, world, config, examples, held, plan, *, fixed, tokens, colla
         print(f"model: {out / 'model'}")
 
 
-def results_of(out):
+def results_of(out, reported):
     """{what: value} for the summary and the model card, from the run's metrics.jsonl."""
     rows = [row for _, row in read_jsonl(out / "metrics.jsonl") if not isinstance(row, InputError)]
     steps = [row for row in rows if "loss" in row]
     held = [row for row in rows if "val_loss" in row]
     results = {"steps": steps[-1]["step"], "training loss": f"{steps[0]['loss']:.4f} → {steps[-1]['loss']:.4f}"}
-    return results | {f"held-out {key[4:].replace('_', ' ')}": f"{value:.4f} → {held[-1][key]:.4f}"
-                      for key, value in (held[0].items() if held else ()) if key.startswith("val_")}
+    return results | {f"held-out {name.replace('_', ' ')}": f"{held[0][f'val_{name}']:.4f} → {held[-1][f'val_{name}']:.4f}"
+                      for name in (reported if held else ())}
