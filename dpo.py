@@ -231,9 +231,10 @@ def reference_facts(args, world, tokenizer, pairs, files):
     def digest(parts):
         return hashlib.sha256(b"".join(parts)).hexdigest()
     talk = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    rendered = [render_chat(tokenizer, own, ask) for own in (talk, talk[1:]) for ask in (True, False)]
     return {"weights": digest(sha256(path).encode() for path in sorted(set(checkpoint_files(args.model).values()))),
             "data": [one["sha256"] for one in files],
-            "template": digest([repr(render_chat(tokenizer, talk)).encode()]),
+            "template": digest([repr(rendered).encode()]),
             "pairs": digest(len(ids).to_bytes(8, "big") + ids.tobytes() for _, *parts in pairs for ids in parts),
             "max_length": args.max_length, "seed": args.seed,  # which rounds weights stored in more than bf16
             "dtype": args.dtype + ("" if has_fast_bf16(world.device) else ", computed in fp32")}
@@ -252,6 +253,7 @@ def read_reference(path, facts, n):
         return file.get_tensor("logps")
 
 
+@torch.no_grad()
 def copy_of(training):
     """A second model, sharded alike, with the weights that `training` has now; it is not trained."""
     own = training.model

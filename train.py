@@ -864,5 +864,7 @@ def results_of(out, reported):
     steps = [row for row in rows if "loss" in row]
     held = [row for row in rows if "val_loss" in row]
     results = {"steps": steps[-1]["step"], "training loss": f"{steps[0]['loss']:.4f} → {steps[-1]['loss']:.4f}"}
-    return results | {f"held-out {name.replace('_', ' ')}": f"{held[0][f'val_{name}']:.4f} → {held[-1][f'val_{name}']:.4f}"
-                      for name in (reported if held else ())}
+    for name in reported if held else ():
+        first, last = (row[f"val_{name}"] for row in (held[0], held[-1]))
+        results[f"held-out {name.replace('_', ' ')}"] = f"{first:.4f} → {last:.4f}"
+    return results

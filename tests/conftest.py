@@ -10,11 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import model as M
+
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "models/smollm2-135m-instruct"
 MINILM = ROOT / "models/all-minilm-l6-v2"
 sys.path.insert(0, str(ROOT))
-import model as M
 
 CONFIG = M.LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, rope_scaling=None)
