@@ -461,7 +461,7 @@ def test_ranks_and_micro_batches_change_nothing_but_the_order_of_sums(base, pair
     for name in variants:
         for row, own in zip(expected, metrics_of(tmp_path / name), strict=True):
             assert own.keys() == row.keys()
-            for key in row.keys() - {"accuracy", "val_accuracy"}:  # a coin toss where margins are 0
+            for key in row.keys() - {"accuracy", "val_accuracy", "tokens"}:  # a toss at margin 0; empty ones have one
                 assert own[key] == pytest.approx(row[key], rel=1e-4, abs=1e-4), (name, key)
         other = load_file(tmp_path / name / "model/model.safetensors")
         # AdamW divides by the gradient's size, so where one is nearly nothing the order of sums decides the step
