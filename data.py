@@ -301,7 +301,7 @@ def pair_of(record):
             raise InputError(f"found no answer under {key} (keys: {', '.join(sorted(record)) or 'none'})")
         answers.append([{"role": "assistant", "content": value}] if isinstance(value, str) else value)
     chosen, rejected = answers
-    if "prompt" in record or "instruction" in record or len(chosen) == 1:
+    if record.get("instruction") or record.get("prompt") or len(chosen) == 1:
         prompt = _side(record, ("instruction", "prompt"), "user")
     else:
         prompt, chosen = chosen[:-1], chosen[-1:]
@@ -310,7 +310,7 @@ def pair_of(record):
         rejected = rejected[-1:]
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         _, turns = check_messages([*prompt, *answer])
-        if len(answer) != 1 or turns[-1][0] != "assistant" or turns[-2:-1][:1] != [("user", turns[-2][1])]:
+        if len(answer) != 1 or [role for role, _ in turns[-2:]] != ["user", "assistant"]:
             raise InputError(f"{key} has {len(answer)} message(s), the last from {turns[-1][0]!r}; expected one, the "
                              "assistant's, after a prompt that ends with the user's")
     return prompt, chosen[0]["content"], rejected[0]["content"]
