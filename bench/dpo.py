@@ -58,6 +58,10 @@ def ours(args, rows, live=False):
         known = {} if live else dpo.reference_logps(settings, training, tokenizer, pairs, [])
     precomputed = time.perf_counter() - began
 
+    def collate(pairs):
+        logps = [] if live else [known[where] for where, *_ in pairs]
+        return dpo.collate_pairs(pairs) | {"reference": torch.tensor(logps).view(-1, 2)}
+
     def loss_fn(model, batch):
         with torch.no_grad():
             reference = dpo.pair_logps(second, batch) if live else batch["reference"]
@@ -66,8 +70,7 @@ def ours(args, rows, live=False):
     def batches():
         for rows, bins in steps_of_epochs(list(map(dpo.pair_tokens, pairs)), batch_size=args.batch_size, budget=budget,
                                           seed=0):
-            yield rows, [dpo.collate_pairs([pairs[i] for i in own]) | (
-                {} if live else {"reference": torch.tensor([known[pairs[i][0]] for i in own])}) for own in bins]
+            yield rows, [collate([pairs[i] for i in own]) for own in bins]
     stream = batches()
     losses = [train.take_step(training, stream, loss_fn, LR, 1.0, ())[0]["loss"] for _ in range(args.steps)]
     return losses, time.perf_counter() - began, precomputed
