@@ -560,10 +560,10 @@ def collate_pairs(pairs, shared=True):
     The positions of both answers go on from the prompt's, their labels are their own ids, and they must not see each
     other: `documents` is [(length of a prefix, [lengths of what continues it])]. `parts` are the lengths, one after the
     other, in which the chosen and the rejected answers lie; "lengths" [N, 2] int64 are those of the answers alone.
-    No pairs make a micro-batch of one untrained token. The prompt lies there once by default at all lengths: measured on
-    two cores (SmolLM2, a pair at a time, seconds forward and backward, shared and not), prompts of 146 tokens with
-    answers of 240 and 70 take 1.00 and 1.15, prompts of 76 with 640 and 140 take 2.03 and 2.08, of 20 with 240 and 70
-    0.73 and 0.74: what is saved is the prompt's share of the tokens, and nothing is lost where that is small.
+    No pairs make a micro-batch of one untrained token. The prompt lies there once at all lengths: on two cores (a pair
+    at a time through SmolLM2, seconds forward and backward, shared and not) prompts of 146 tokens with answers of 240
+    and 70 took 1.00 and 1.15, prompts of 76 with 640 and 140 took 2.03 and 2.08, of 20 with 240 and 70 0.73 and 0.74:
+    what is saved is the prompt's share of the tokens, and nothing is lost where that is small.
     """
     if not pairs:
         return collate([], packed=True) | {"documents": [(0, [1])], "parts": [1],

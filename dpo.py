@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import collate_pairs, pair_of, render_chat, render_pairs, rows_of_pair, show_example, split_step
-from files import InputError, Parser, number, run_main, sha256, written_aside
+from files import InputError, Parser, number, parse_json, run_main, sha256, written_aside
 from model import causal_attention, checkpoint_files, has_fast_bf16, open_safetensors, parameter_count
 from train import (
     CODE,
@@ -231,7 +231,10 @@ def reference_logps(args, training, tokenizer, pairs, files):
 def reference_facts(args, world, tokenizer, pairs, files):
     """{what the reference log-probabilities depend on: a value or a SHA-256}."""
     def digest(parts):
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        found = hashlib.sha256()
+        for part in parts:
+            found.update(part)
+        return found.hexdigest()
     talk = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
     rendered = [render_chat(tokenizer, own, ask) for own in (talk, talk[1:]) for ask in (True, False)]
     return {"weights": digest(sha256(path).encode() for path in sorted(set(checkpoint_files(args.model).values()))),
@@ -247,7 +250,7 @@ def read_reference(path, facts, n):
     if not path.exists():
         return torch.full((n, 2), math.nan)
     with open_safetensors(path) as file:
-        given, names = json.loads((file.metadata() or {}).get("facts", "{}")), list(file.keys())
+        given, names = parse_json((file.metadata() or {}).get("facts", "{}"), path), list(file.keys())
         differing = [key for key in facts if given.get(key) != facts[key]]
         if differing or names != ["logps"]:
             raise InputError(f"{path}: computed with another {', '.join(differing)}; expected the same, another --out, "
