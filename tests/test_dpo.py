@@ -483,7 +483,7 @@ def test_a_reference_of_another_model_is_noticed_before_the_first_step(base, pai
     with safe_open(trained / "reference.safetensors", "pt") as file:
         logps, facts = file.get_tensor("logps"), file.metadata()
     save_file({"logps": logps + torch.tensor([3.0, 0.0])}, tmp_path / "reference.safetensors", metadata=facts)
-    with pytest.raises(InputError, match=r"off the reference's by .* nats .*; expected at most 0.2"):
+    with pytest.raises(InputError, match=r"off the reference's by .* nats .*; expected at most 0.1"):
         dpo.main(arguments(base, pairs_file, tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()
     (tmp_path / "reference.safetensors").write_bytes(b"not a tensor")
