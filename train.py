@@ -40,7 +40,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data import CHAT_TEMPLATES, Tokenizer, random_number
+from data import CHAT_TEMPLATES, Tokenizer, draw_rows, random_number, split_step, steps_of_epochs
 from files import (
     DISCLAIMER,
     InputError,
@@ -48,10 +48,12 @@ from files import (
     one_line,
     parse_json,
     read_json,
+    read_jsonl,
     remove,
     reuse_freed_memory,
     sha256,
     whole,
+    write_json,
     written_aside,
 )
 from model import (
@@ -62,6 +64,7 @@ from model import (
     check_checkpoint,
     checkpoint_files,
     checkpoint_names,
+    has_fast_bf16,
     read_rows,
     stochastic_round_,
     stop_ids_of,
@@ -271,9 +274,10 @@ def fit(training, batches, loss_fn, *, steps, lr, warmup=0.1, clip=1.0, out=None
 
     batches(rows) yields, from that position in the data on, (the step's row numbers, [this rank's micro-batches]).
     loss_fn(model, batch) -> (summed loss, count, {name: sum}); all are added up over micro-batches and ranks, and
-    divided by the count. validate() -> float is called before, at each save and after. With `out`: a line a step in
-    out/metrics.jsonl, and every `save_every` steps, at the end and on a signal a checkpoint, which notes `facts`. A
-    step whose loss or gradient norm is not finite is skipped; its rows are named by `where(row)`.
+    divided by the count. validate() -> {name: number} is called before, at each save and after, and logged as val_name.
+    With `out`: a line a step in out/metrics.jsonl, and every `save_every` steps, at the end and on a signal a
+    checkpoint, which notes `facts`. A step whose loss or gradient norm is not finite is skipped; its rows are named by
+    `where(row)`.
     """
     world, bad_in_a_row = training.world, 0
     metrics_file = open_metrics(out, training.step) if out and world.rank == 0 else None
@@ -286,12 +290,15 @@ def fit(training, batches, loss_fn, *, steps, lr, warmup=0.1, clip=1.0, out=None
             metrics_file.write(json.dumps(row) + "\n")
             metrics_file.flush()
 
+    def validated():
+        return {f"val_{name}": value for name, value in validate().items()}
+
     def save():
         if out:
             save_checkpoint(training, Path(out) / "checkpoints", keep=keep, facts=facts)
     with contextlib.closing(bar), contextlib.closing(metrics_file or bar), signals_noted() as signals:
         if validate and training.step == 0:
-            log({"step": 0, "val_loss": validate()})
+            log({"step": 0} | validated())
         stream = batches(training.rows)
         while training.step < steps:
             rate = learning_rate(training.step, steps, lr, warmup)
@@ -306,7 +313,7 @@ def fit(training, batches, loss_fn, *, steps, lr, warmup=0.1, clip=1.0, out=None
             due = last or (save_every and training.step % save_every == 0)
             stopping = signal_seen or bad_in_a_row == 3
             if validate and due and not stopping:
-                row["val_loss"] = validate()
+                row |= validated()
             log(row)
             bar.update()
             bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {rate:.1e}, {row['tokens_per_s']:,.0f} tok/s")
@@ -370,19 +377,26 @@ def take_step(training, stream, loss_fn, lr, clip, signals):
     return row | {"signal": signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0}, rows
 
 
+def on_device(batch, device):
+    """A micro-batch with its tensors on `device`."""
+    return {key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items()}
+
+
 @torch.no_grad()
 def evaluate(training, micro_batches, loss_fn):
-    """The loss over this rank's `micro_batches` and all other ranks', per counted token or pair."""
-    loss = count = 0
+    """{"loss" and the names of loss_fn's sums: per counted token or pair} over all ranks' `micro_batches`."""
+    loss, count, sums = 0, 0, Counter()
     for batch in tqdm(micro_batches, desc="held-out rows", unit="batch", delay=2, leave=False, file=sys.stderr,
                       disable=None if training.world.rank == 0 else True):
-        batch = {key: x.to(training.world.device) if torch.is_tensor(x) else x for key, x in batch.items()}
-        part, n, _ = loss_fn(training.model, batch)
+        part, n, extra = loss_fn(training.model, on_device(batch, training.world.device))
         loss, count = loss + part.double(), count + n
+        for name, value in extra.items():
+            sums[name] += value
     if training.world.mesh:  # the root stays gathered after a forward pass until a backward pass, which there is not
         training.model.reshard()
-    loss, count = all_sum(training.world, [loss, count])
-    return loss / max(count, 1)
+    names = sorted(sums)
+    loss, count, *sums = all_sum(training.world, [loss, count, *(sums[name] for name in names)])
+    return {name: value / max(count, 1) for name, value in zip(["loss", *names], [loss, *sums])}
 
 
 @contextlib.contextmanager
@@ -642,9 +656,9 @@ def model_card(name, config, *, source, recipe, files, results):
 # ----- the plan and the flags ----------------------------------------------------------------------------------------
 
 
-def default_budget(world):
+def default_budget(world, answers=1):
     """Tokens of a micro-batch: enough to keep the device busy, few enough to leave it memory."""
-    return 8192 if world.device.type == "cuda" else 512
+    return 8192 if world.device.type == "cuda" else 512 * answers
 
 
 def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, fast_bf16=True):
@@ -673,6 +687,10 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
     return parts
 
 
+# where the numbers of the recipe come from
+SUMMARY, CODE, REVIEW, OURS = ("the paper's summary", "the authors' code", "a review of the paper", "our choice")
+
+
 def add_flags(parser, chosen):
     """The flags that SFT and DPO share; `chosen` {name: (default, where the number comes from)}."""
     def flag(name, kind, text, **more):
@@ -698,7 +716,7 @@ def add_flags(parser, chosen):
     flag("max_length", whole(2), "tokens of a row; the end of a longer answer is cut")
     flag("val_rows", whole(0), "rows held out (default: 5 %% of the rows, at most 200)")
     flag("micro_tokens", whole(1), "tokens in one forward and backward pass of a rank: memory grows with it, the "
-         "result stays (default 8,192 on a GPU, 512 on a CPU)")
+         "result stays (default 8,192 on a GPU; on a CPU 512, for DPO 1,024)")
     flag("save_every", whole(0), "steps between checkpoints; 0: only the last (default 200)", default=200)
     flag("keep", whole(1), "checkpoints kept that verify (default 2)", default=2)
     switch("resume", "go on from the newest checkpoint in --out that verifies")
@@ -712,3 +730,145 @@ def add_flags(parser, chosen):
         parser.add_argument("--" + name, choices=choices, default=choices[0], help=text)
     flag("inspect", whole(1), "print N rendered rows, trained tokens coloured, and exit", metavar="N")
     switch("dry-run", "print the plan and exit, without touching weights")
+
+# ----- a run ---------------------------------------------------------------------------------------------------------
+
+
+def open_run(args, answers=1):
+    """(world, config, tokenizer) of a run with the flags of `add_flags`; InputError for what is seen to be wrong.
+
+    `answers`: how many answers a row holds.
+    """
+    out, world = Path(args.out), start(args.device, args.replicate)
+    config = LlamaConfig.from_json(Path(args.model) / "config.json")
+    tokenizer = Tokenizer.from_dir(args.model)
+    if args.max_length > config.max_position_embeddings:
+        raise InputError(f"--max-length {args.max_length}: found more than the model's context of "
+                         f"{config.max_position_embeddings} tokens, expected at most that")
+    if not args.resume and not args.dry_run and not args.inspect and checkpoints_of(out / "checkpoints"):
+        raise InputError(f"--out {out}: holds the checkpoints of an earlier run; expected --resume to go on, or "
+                         "another folder")
+    args.micro_tokens = args.micro_tokens or default_budget(world, answers)
+    return world, config, tokenizer
+
+
+def read_examples(args, world, parse, render, kind=None):
+    """(training examples, held-out examples, plan): rows drawn from --data, read by `parse` and rendered by `render`.
+
+    parse(record) -> what a row holds; render([(where, that)]) -> ([(where, …)], {what happened: rows, "faults": …}).
+    Each rank renders its part of the rows, and all get all. The plan counts what became of the rows, and has the
+    number of optimizer steps.
+    """
+    held_out = 200 if args.val_rows is None else args.val_rows
+    rows, drawn = draw_rows(args.data, args.rows + held_out, args.seed, parse=parse, on_bad_row=args.on_bad_row,
+                            kind=kind)
+    mine = tqdm(rows[world.rank::world.size], desc="rendering", unit="row", file=sys.stderr, delay=2,
+                disable=None if world.rank == 0 else True)
+    try:
+        outcome = render(mine)
+    except InputError as error:
+        outcome = error
+    outcomes = from_all(world, outcome)
+    for outcome in outcomes:
+        if isinstance(outcome, InputError):
+            raise outcome
+    examples = [example for part, _ in outcomes for example in part]
+    place = {where: i for i, (where, _) in enumerate(rows)}
+    examples.sort(key=lambda example: place[example[0]])
+    if args.val_rows is None:
+        held_out = min(200, len(examples) // 20)
+    held, examples = examples[:held_out], examples[held_out:held_out + args.rows]
+    if not examples:
+        raise InputError(f"--data {' '.join(args.data)}: no row left to train on ({drawn.get('read', 0)} read, "
+                         f"{held_out} held out); expected at least one")
+    faults, counts = drawn.pop("faults"), Counter()
+    for _, report in outcomes:
+        faults += report.pop("faults")
+        counts.update(report)
+    for fault in faults[:5] if world.rank == 0 else ():
+        print(f"skipped: {fault}", file=sys.stderr)
+    steps = args.epochs * math.ceil(len(examples) / args.batch_size)
+    counts["bad"] += drawn.get("bad", 0)
+    return examples, held, {
+        "rows_read": drawn.get("read", 0), "rows_of_another_kind": drawn.get("other kind", 0),
+        "answers_truncated": counts.pop("truncated"), **{f"rows_{name}": n for name, n in counts.items()},
+        "rows_trained": len(examples), "rows_held_out": len(held), "files": drawn["files"],
+        "steps": min(steps, args.max_steps or steps), "ranks": world.size}
+
+
+def print_plan(args, world, config, plan, found, further=None):
+    """The plan of a run, on stdout for --dry-run: `found`, what the data gave, in lines; {part: bytes} `further`."""
+    memory = expected_memory(config, world, dtype=DTYPES[args.dtype], fast_bf16=has_fast_bf16(world.device),
+                             tokens=args.micro_tokens, activation_checkpointing=args.activation_checkpointing)
+    memory |= further or {}
+    print("\n".join([
+        f"model {args.model} → {args.out}/model", *found,
+        f"steps: {plan['steps']:,} of {args.batch_size} rows over {plan['ranks']} rank(s)",
+        f"memory a process: about {sum(memory.values()) / 1e9:.1f} GB",
+        *(f"  {size / 1e9:6.2f} GB  {part}" for part, size in memory.items())]),
+        file=sys.stdout if args.dry_run else sys.stderr)
+
+
+def micro_batches_of(examples, budget, world, *, tokens, collate):
+    """This rank's share of `examples` as micro-batches, for a pass without steps (validation)."""
+    bins = split_step([tokens(example) for example in examples], budget, world.size)[world.rank::world.size]
+    return [collate([examples[i] for i in own]) for own in bins]
+
+
+def run(args, name, world, config, examples, held, plan, *, fixed, tokens, collate, loss_fn, prepare=None,
+        reported=("loss",)):
+    """Trains, exports and says what came of it: the part of a run that touches weights.
+
+    tokens(example): its length in a micro-batch; collate([example, …]) -> micro-batch; loss_fn: see `fit`. `fixed`
+    names the flags that, beside the shared ones, a resume must agree on. prepare(training, [{file, rows, sha256}] of
+    the data) is called on the model the run starts from, before anything of an earlier run is loaded. `reported` are
+    the held-out numbers for the summary and the model card.
+    """
+    out = Path(args.out)
+    files = [{"file": file, "rows": plan["files"].get(file, 0), "sha256": digest} for file, digest in from_rank_0(
+        world, [(file, sha256(file)) for file in args.data] if world.rank == 0 else None)]
+    # what fixes the data, its order and the schedule
+    facts = {flag: getattr(args, flag) for flag in (
+        *fixed, "model", "rows", "epochs", "max_steps", "lr", "warmup", "weight_decay", "clip", "batch_size",
+        "max_length", "seed", "dtype")} | {"data": [one["sha256"] for one in files], "held_out": len(held)}
+    if world.rank == 0:
+        write_json(out / "config.json", vars(args) | {"files": files, "plan": plan})
+    # a row longer than a micro-batch should be has its activations computed again rather than kept
+    training = load_training(args.model, world, dtype=DTYPES[args.dtype], weight_decay=args.weight_decay,
+                             checkpoint_above=0 if args.activation_checkpointing else args.micro_tokens, seed=args.seed)
+    if prepare:
+        prepare(training, files)
+    if args.resume and not resume(training, out / "checkpoints", facts) and world.rank == 0:
+        print(f"{out / 'checkpoints'}: no checkpoint to resume from; starting anew", file=sys.stderr)
+    lengths = [tokens(example) for example in examples]
+    held_batches = micro_batches_of(held, args.micro_tokens, world, tokens=tokens, collate=collate) if held else []
+
+    def batches(consumed):
+        for rows, bins in steps_of_epochs(lengths, batch_size=args.batch_size, budget=args.micro_tokens, seed=args.seed,
+                                          rank=world.rank, world=world.size, consumed=consumed):
+            yield rows, [collate([examples[row] for row in own]) for own in bins]
+    fit(training, batches, loss_fn, steps=plan["steps"], lr=args.lr, warmup=args.warmup, clip=args.clip, out=out,
+        save_every=args.save_every, keep=args.keep, facts=facts, where=lambda row: examples[row][0],
+        validate=(lambda: evaluate(training, held_batches, loss_fn)) if held else None)
+    results = results_of(out, reported)
+    card = None
+    if world.rank == 0:
+        card = model_card(f"FineMedLM-o1-{name}", config, source=args.model, files=files, results=results,
+                          recipe={key: value for key, value in facts.items() if key != "data"} | {
+                              "ranks": world.size, "export": args.export_dtype, "rows trained": plan["rows_trained"]})
+    export_model(training, out / "model", source=args.model, dtype=DTYPES[args.export_dtype], card=card)
+    if world.rank == 0:
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in results.items()))
+        print(f"model: {out / 'model'}")
+
+
+def results_of(out, reported):
+    """{what: value} for the summary and the model card, from the run's metrics.jsonl."""
+    rows = [row for _, row in read_jsonl(out / "metrics.jsonl") if not isinstance(row, InputError)]
+    steps = [row for row in rows if "loss" in row]
+    held = [row for row in rows if "val_loss" in row]
+    results = {"steps": steps[-1]["step"], "training loss": f"{steps[0]['loss']:.4f} → {steps[-1]['loss']:.4f}"}
+    for name in reported if held else ():
+        first, last = (row[f"val_{name}"] for row in (held[0], held[-1]))
+        results[f"held-out {name.replace('_', ' ')}"] = f"{first:.4f} → {last:.4f}"
+    return results

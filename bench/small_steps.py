@@ -1,83 +1,129 @@
-"""Do small steps survive bf16? The same 30 SFT steps three times: fp32, as shipped, and rounded to nearest.
+"""Do small steps survive bf16? The same steps with fp32 weights, as shipped, and with every rounding to the nearest.
 
-    python bench/small_steps.py --model models/smollm2-135m-instruct --data ../shared/data/medquad_sft.jsonl
+    python bench/small_steps.py --data ../shared/data/medquad_sft.jsonl           30 SFT steps on 64 rows
+    python bench/small_steps.py --loss dpo --data ../shared/data/pairs.jsonl      10 DPO steps of 4 pairs, 16 held out
 
-Trains on 64 rows at a constant rate of 1e-6. "fp32": weights, masters and export in fp32. "shipped": fp32 masters, bf16
-weights and export by stochastic rounding. "nearest": the same with every conversion rounded to nearest, as ordinary
-mixed precision does. For each the loss on the 64 rows of the exported model, loaded again; the table shows how much of
-the fp32 run's fall it keeps.
+All at a constant rate of 1e-6. "fp32": weights, masters and export in fp32. "shipped": fp32 masters, bf16 weights and
+export by stochastic rounding. "nearest": the same with every conversion rounded to nearest, as ordinary mixed precision
+does. SFT: the loss on the 64 rows, and how much of the fp32 run's fall the export, loaded again, keeps. DPO: accuracy
+and margin (log-probability ratio of the answers over the reference's, in nats) on the held-out pairs, before and after.
 """
 import argparse
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dpo
 import model as model_module
+import sft
 import train
-from data import Tokenizer, collate, draw_rows, render_rows, steps_of_epochs
+from data import Tokenizer, collate, collate_pairs, draw_rows, pair_of, render_pairs, render_rows, steps_of_epochs
 from files import run_main, whole
-from sft import loss_fn, micro_batches_of
 
-ROUNDINGS = ("fp32", "shipped", "nearest")
+BUDGET = 1024
+BETA = 0.1
 
 
 def to_nearest_(target, source, generator=None):
     target.copy_(source)
 
 
-def run(args, rounding, examples, folder):
-    """(loss as the trained model computes, loss of its export) on the examples."""
-    world = train.World(0, 1, torch.device(args.device))
-    dtype = torch.float32 if rounding == "fp32" else torch.bfloat16
+@contextlib.contextmanager
+def rounding_to_nearest():
     plain = train.stochastic_round_, model_module.stochastic_round_
-    if rounding == "nearest":
-        train.stochastic_round_ = model_module.stochastic_round_ = to_nearest_
+    train.stochastic_round_ = model_module.stochastic_round_ = to_nearest_
     try:
-        training = train.load_training(args.model, world, dtype=dtype, weight_decay=0.01)
-        lengths = [len(ids) for _, ids, _ in examples]
-        batches = ((rows, [collate([examples[i] for i in own]) for own in bins]) for rows, bins in steps_of_epochs(
-            lengths, batch_size=args.batch_size, budget=1024, seed=0))
-        for _ in tqdm(range(args.steps), desc=rounding, file=sys.stderr):
-            train.take_step(training, batches, loss_fn, args.lr, 1.0, ())
-        held = micro_batches_of(examples, 1024, world)
-        computed = train.evaluate(training, held, loss_fn)
-        train.export_model(training, folder / rounding, source=args.model, dtype=dtype, card="")
+        yield
     finally:
         train.stochastic_round_, model_module.stochastic_round_ = plain
+
+
+def sft_task(args, tokenizer):
+    """Trained and measured on the same rows."""
+    rows, _ = draw_rows([args.data], args.rows or 64, seed=0)
+    examples, _ = render_rows(tokenizer, rows, args.max_length or 128)
+    return SimpleNamespace(trained=examples, held=examples, tokens=sft.tokens_of, collate=collate, loss_fn=sft.loss_fn)
+
+
+def dpo_task(args, tokenizer):
+    """Measured on 16 pairs that are not trained; the reference is the model as it lies on disk, in bf16."""
+    rows, _ = draw_rows([args.data], (args.rows or args.steps * args.batch_size) + 16, seed=0, parse=pair_of)
+    pairs, _ = render_pairs(tokenizer, rows, args.max_length or 1024)
+    reference = model_module.load_model(args.model, args.device)
+    with torch.no_grad():
+        logps = {pair[0]: dpo.pair_logps(reference, collate_pairs([pair]))[0] for pair in pairs}
+
+    def with_reference(pairs):
+        known = [logps[where] for where, *_ in pairs]
+        return collate_pairs(pairs) | {"reference": torch.stack(known) if known else torch.zeros(0, 2)}
+
+    def loss_fn(model, batch):
+        return dpo.preference_loss(dpo.pair_logps(model, batch), batch["reference"], batch["lengths"], beta=BETA)
+    return SimpleNamespace(trained=pairs[16:], held=pairs[:16], tokens=dpo.pair_tokens, collate=with_reference,
+                           loss_fn=loss_fn)
+
+
+def run(args, rounding, task, folder):
+    """Held-out numbers [of the trained model as it computes, of its export loaded again]."""
+    world = train.World(0, 1, torch.device(args.device))
+    dtype = torch.float32 if rounding == "fp32" else torch.bfloat16
+    held = train.micro_batches_of(task.held, BUDGET, world, tokens=task.tokens, collate=task.collate)
+    with rounding_to_nearest() if rounding == "nearest" else contextlib.nullcontext():
+        training = train.load_training(args.model, world, dtype=dtype, weight_decay=0.01, checkpoint_above=BUDGET)
+        batches = ((rows, [task.collate([task.trained[i] for i in own]) for own in bins])
+                   for rows, bins in steps_of_epochs(list(map(task.tokens, task.trained)), seed=0, budget=BUDGET,
+                                                     batch_size=args.batch_size))
+        for _ in tqdm(range(args.steps), desc=rounding, file=sys.stderr):
+            train.take_step(training, batches, task.loss_fn, args.lr, 1.0, ())
+        computed = train.evaluate(training, held, task.loss_fn)
+        train.export_model(training, folder / rounding, source=args.model, dtype=dtype, card="")
     training.model = model_module.load_model(folder / rounding, args.device, dtype)
-    return computed, train.evaluate(training, held, loss_fn)
+    return computed, train.evaluate(training, held, task.loss_fn)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--loss", choices=("sft", "dpo"), default="sft")
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
-    parser.add_argument("--data", default="../shared/data/medquad_sft.jsonl")
-    parser.add_argument("--rows", type=whole(1), default=64)
-    parser.add_argument("--steps", type=whole(1), default=30)
-    parser.add_argument("--batch-size", type=whole(1), default=2)
-    parser.add_argument("--max-length", type=whole(2), default=128)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--rows", type=whole(1), help="default 64 for SFT, one epoch for DPO")
+    parser.add_argument("--steps", type=whole(1), help="default 30 for SFT, 10 for DPO")
+    parser.add_argument("--batch-size", type=whole(1), help="default 2 for SFT, 4 for DPO")
+    parser.add_argument("--max-length", type=whole(2), help="default 128 for SFT, 1,024 for DPO")
     parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--runs", nargs="+", choices=("fp32", "shipped", "nearest"),
+                        help="default all for SFT, shipped and nearest for DPO")
     args = parser.parse_args()
+    args.steps = args.steps or {"sft": 30, "dpo": 10}[args.loss]
+    args.batch_size = args.batch_size or {"sft": 2, "dpo": 4}[args.loss]
+    runs = args.runs or {"sft": ("fp32", "shipped", "nearest"), "dpo": ("shipped", "nearest")}[args.loss]
     train.reuse_freed_memory()
-    rows, _ = draw_rows([args.data], args.rows, seed=0)
-    examples, _ = render_rows(Tokenizer.from_dir(args.model), rows, args.max_length)
-    world = train.World(0, 1, torch.device(args.device))
-    start = train.load_training(args.model, world, dtype=torch.float32)
-    before = train.evaluate(start, micro_batches_of(examples, 1024, world), loss_fn)
-    del start
+    task = {"sft": sft_task, "dpo": dpo_task}[args.loss](args, Tokenizer.from_dir(args.model))
     with tempfile.TemporaryDirectory() as folder:
-        losses = {rounding: run(args, rounding, examples, Path(folder)) for rounding in ROUNDINGS}
-    fall = before - losses["fp32"][1]
-    print(f"{args.steps} steps of {args.batch_size} rows at {args.lr:g} on {len(examples)} rows; "
-          f"loss on them before {before:.4f}\n")
-    print("| run | as it computes | exported | kept of the fp32 run's fall |\n|---|---|---|---|")
-    for rounding, (computed, exported) in losses.items():
-        print(f"| {rounding} | {computed:.4f} | {exported:.4f} | {(before - exported) / fall:.0%} |")
+        results = {rounding: run(args, rounding, task, Path(folder)) for rounding in runs}
+        head = f"{args.steps} steps of {args.batch_size} rows at {args.lr:g}; held out: {len(task.held)} rows"
+        if args.loss == "dpo":
+            print(f"{head}\n\n| run | accuracy as it computes | margin, nats | accuracy exported | margin, nats |\n"
+                  "|---|---|---|---|---|")
+            for rounding, numbers in results.items():
+                print(f"| {rounding} | " + " | ".join(f"{one['accuracy']:.0%} | {one['margin'] / BETA:+.2f}"
+                                                      for one in numbers) + " |")
+            return
+        args.steps = 0
+        before = run(args, "fp32", task, Path(folder))[0]["loss"]
+    print(f"{head}; loss before {before:.4f}\n\n| run | as it computes | exported | kept of the fp32 run's fall |\n"
+          "|---|---|---|---|")
+    for rounding, (computed, exported) in results.items():
+        fall = before - results["fp32"][1]["loss"] if "fp32" in results else float("nan")
+        kept = (before - exported["loss"]) / fall
+        print(f"| {rounding} | {computed['loss']:.4f} | {exported['loss']:.4f} | {kept:.0%} |")
 
 
 if __name__ == "__main__":

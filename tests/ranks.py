@@ -6,14 +6,16 @@ import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["OMP_WAIT_POLICY"] = "passive"
 context = multiprocessing.get_context("forkserver")
 # what a run imports on its way, torch at its first optimizer step, is imported once here as well
-context.set_forkserver_preload(["pytest", "torch._dynamo", "train", "sft", "ranks"])
+context.set_forkserver_preload(["pytest", "torch._dynamo", "train", "sft", "dpo", "ranks"])
 
 
 def run_ranks(world, function, *args):
@@ -54,3 +56,19 @@ def _rank(rank, world, port, pipe, function, args):
         raise
     except BaseException:
         pipe.send((False, traceback.format_exc()))
+
+
+def command(main, *args):
+    """`main([args])` as a program in a process of its own: its exit status, stdout and stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_ranks(1, _redirected, main, [str(arg) for arg in args], folder)
+        return SimpleNamespace(returncode=run_ranks.exit_codes[0], stdout=Path(folder, "1").read_text(),
+                               stderr=Path(folder, "2").read_text())
+
+
+def _redirected(main, argv, folder):
+    from files import run_main
+    for handle, stream in ((1, sys.stdout), (2, sys.stderr)):
+        stream.flush()
+        os.dup2(os.open(Path(folder, str(handle)), os.O_WRONLY | os.O_CREAT), handle)
+    run_main(lambda: main(argv))

@@ -2,31 +2,25 @@
 import gzip
 import json
 import math
-import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ranks
 import torch
 import transformers
-from conftest import ROOT
+from conftest import CONFIG, ROOT
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-import files
 import model as M
 import sft
 import train
 from data import Tokenizer, collate, render_chat, render_rows
 from sft import loss_fn, sft_loss
-
-CONFIG = M.LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                       num_key_value_heads=2, head_dim=16, max_position_embeddings=512, rope_scaling=None)
 
 # ----- the loss ------------------------------------------------------------------------------------------------------
 
@@ -147,15 +141,6 @@ def test_supervised_spans_are_the_answers():
 
 
 @pytest.fixture(scope="session")
-def base(smollm2, tmp_path_factory):
-    """A tiny random model with SmolLM2's vocabulary, tied, in bf16."""
-    folder = tmp_path_factory.mktemp("base") / "model"
-    config = replace(CONFIG, vocab_size=49152, hidden_size=32, max_position_embeddings=8192, tie_word_embeddings=True)
-    M.save_model(M.Llama(config).init_weights(2).to(torch.bfloat16), folder, source=smollm2)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def rows_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows = [{"instruction": f"What is {i} times two?", "response": f"It is {2 * i}. " * (1 + i % 7),
@@ -170,18 +155,7 @@ def arguments(base, rows_file, out, *more):
 
 
 def command(*args):
-    """`python sft.py …` in a process of its own: its exit status, stdout and stderr."""
-    with tempfile.TemporaryDirectory() as folder:
-        run_ranks(1, redirected, [str(arg) for arg in args], folder)
-        return SimpleNamespace(returncode=run_ranks.exit_codes[0], stdout=Path(folder, "1").read_text(),
-                               stderr=Path(folder, "2").read_text())
-
-
-def redirected(argv, folder):
-    for handle, stream in ((1, sys.stdout), (2, sys.stderr)):
-        stream.flush()
-        os.dup2(os.open(Path(folder, str(handle)), os.O_WRONLY | os.O_CREAT), handle)
-    files.run_main(lambda: sft.main(argv))
+    return ranks.command(sft.main, *args)
 
 
 def run_main(argv):

@@ -1,0 +1,156 @@
+"""DPO beside TRL's DPOTrainer: pairs per second, peak memory and the loss of each step, on the same pairs.
+
+    python bench/dpo.py --steps 1                          ours and TRL, one after the other, each in its own process
+    python bench/dpo.py --steps 2 --who ours ours-live trl
+
+Pairs come from the first rows of --data that have a "## Summarization": chosen is the response, rejected what stands
+under that heading alone; at most 1,024 tokens. Eight pairs an optimizer step, a constant rate, no warm-up. Ours: the
+reference precomputed once, its time counted in ("ours-live": a second model instead). TRL: a live reference, bf16
+autocast on fp32 weights, batches of 1 x 8 accumulated. Times leave out loading and the first import.
+"""
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+
+from data import Tokenizer, render_pairs, steps_of_epochs
+from files import read_jsonl, run_main, whole
+
+LR = 1e-6
+HEADING = "## Summarization"
+
+
+def read_rows(args):
+    """[(prompt messages, chosen, rejected)] as pair_of gives them."""
+    rows = []
+    for _, row in read_jsonl(args.data):
+        thought, found, summary = row["response"].partition(HEADING)
+        if found and thought.strip() and summary.strip():
+            rows.append(([{"role": "user", "content": row["instruction"]}], row["response"], summary.strip()))
+        if len(rows) == args.steps * args.batch_size:
+            break
+    return rows
+
+
+def ours(args, rows, live=False):
+    """[loss of each step], seconds, of which the precomputed reference took so many."""
+    import torch._dynamo  # which the first optimizer step would import, in seconds
+
+    import dpo
+    import train
+    world, tokenizer = train.start("auto"), Tokenizer.from_dir(args.model)
+    pairs, _ = render_pairs(tokenizer, [(f"pair {i}", row) for i, row in enumerate(rows)], args.max_length)
+    budget = args.micro_tokens or train.default_budget(world, answers=2)
+    training = train.load_training(args.model, world, checkpoint_above=budget)
+    second = dpo.copy_of(training) if live else None
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        settings = SimpleNamespace(out=folder, model=args.model, micro_tokens=budget, max_length=args.max_length,
+                                   seed=0, dtype="bf16")
+        known = {} if live else dpo.reference_logps(settings, training, tokenizer, pairs, [])
+    precomputed = time.perf_counter() - began
+
+    def collate(pairs):
+        logps = [] if live else [known[where] for where, *_ in pairs]
+        return dpo.collate_pairs(pairs) | {"reference": torch.tensor(logps).view(-1, 2)}
+
+    def loss_fn(model, batch):
+        with torch.no_grad():
+            reference = dpo.pair_logps(second, batch) if live else batch["reference"]
+        return dpo.preference_loss(dpo.pair_logps(model, batch), reference, batch["lengths"])
+
+    def batches():
+        for rows, bins in steps_of_epochs(list(map(dpo.pair_tokens, pairs)), batch_size=args.batch_size, budget=budget,
+                                          seed=0):
+            yield rows, [collate([pairs[i] for i in own]) for own in bins]
+    stream = batches()
+    losses = [train.take_step(training, stream, loss_fn, LR, 1.0, ())[0]["loss"] for _ in range(args.steps)]
+    return losses, time.perf_counter() - began, precomputed
+
+
+def trl(args, rows):
+    """[loss of each step], seconds, 0."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+    rows = [{"prompt": prompt, "chosen": [{"role": "assistant", "content": chosen}],
+             "rejected": [{"role": "assistant", "content": rejected}]} for prompt, chosen, rejected in rows]
+    times = {}
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *args, **more):
+            times["began"] = time.perf_counter()
+
+        def on_train_end(self, *args, **more):
+            times["ended"] = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+            ref_model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+            processing_class=AutoTokenizer.from_pretrained(args.model), train_dataset=Dataset.from_list(rows),
+            args=DPOConfig(output_dir=folder, per_device_train_batch_size=1, gradient_checkpointing=False, bf16=True,
+                           gradient_accumulation_steps=args.batch_size, max_length=args.max_length, beta=0.1,
+                           max_steps=args.steps, learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.01,
+                           max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to=[],
+                           use_cpu=not torch.cuda.is_available()),
+            callbacks=[Clock()])
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, times["ended"] - times["began"], 0.0
+
+
+def measure(args):
+    """One opponent in this process; prints a line of JSON."""
+    torch.set_num_threads(args.threads)
+    rows = read_rows(args)
+    losses, seconds, precomputed = trl(args, rows) if args.measure == "trl" else \
+        ours(args, rows, live=args.measure == "ours-live")
+    gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+    print(json.dumps({"who": args.measure, "pairs": len(rows), "seconds": round(seconds, 1),
+                      "of them reference": round(precomputed, 1), "pairs_per_s": round(len(rows) / seconds, 4),
+                      "losses": [round(loss, 4) for loss in losses],
+                      "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+                      "gpu_gb": gpu and round(gpu, 2)}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="models/smollm2-135m-instruct")
+    parser.add_argument("--data", default="../shared/data/traces.jsonl")
+    parser.add_argument("--steps", type=whole(1), default=2)
+    parser.add_argument("--batch-size", type=whole(1), default=8)
+    parser.add_argument("--max-length", type=whole(2), default=1024)
+    parser.add_argument("--micro-tokens", type=whole(1))
+    parser.add_argument("--threads", type=whole(1), default=2)
+    parser.add_argument("--who", nargs="+", default=["ours", "trl"], choices=["ours", "ours-live", "trl"])
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        return measure(args)
+    results = []
+    for who in args.who:
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--measure", who], stdout=subprocess.PIPE,
+                              text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(results[-1]), file=sys.stderr)
+    print("| | pairs/s | seconds a pair | peak memory, GB | losses |\n|---|---|---|---|---|")
+    for row in results:
+        print(f"| {row['who']} | {row['pairs_per_s']:.3f} | {row['seconds'] / row['pairs']:.2f} | "
+              f"{row['peak_rss_gb']:.1f} | {', '.join(f'{loss:.3f}' for loss in row['losses'])} |")
+    out = Path("bench/results")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "dpo.json").write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,393 @@
+"""Direct preference optimization (DPO): from the cold start to the o1 model, on pairs of a better and a worse answer.
+
+    r_w, r_l = log p(y | x) - log p_ref(y | x), summed over the tokens of the chosen and of the rejected answer
+    loss     = - log sigmoid(beta * (r_w - r_l))                                            arXiv 2305.18290, eq. 7
+
+The reference p_ref is the model the run starts from. Its log-probabilities are computed once, before the first step,
+and kept in OUT/reference.safetensors: no second model is held. The two answers of a pair are computed in one pass, with
+their prompt once (data.collate_pairs). Source: FineMedLM-o1 (arXiv 2501.09213), section on DPO; the other losses are
+cited at `dpo_loss`.
+
+    python dpo.py --data PAIRS.jsonl …                                      one process: a GPU, or this CPU
+    torchrun --nproc-per-node 8 dpo.py --data PAIRS.jsonl …                 eight GPUs, the model sharded over them
+    python dpo.py --data PAIRS.jsonl --dry-run                              the plan: pairs, tokens, steps, memory
+    python dpo.py --data PAIRS.jsonl --inspect 3                            three pairs as they are trained
+"""
+import functools
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from data import collate_pairs, pair_of, render_chat, render_pairs, rows_of_pair, show_example, split_step
+from files import InputError, Parser, number, parse_json, run_main, sha256, written_aside
+from model import causal_attention, checkpoint_files, has_fast_bf16, open_safetensors, parameter_count
+from train import (
+    CODE,
+    DTYPES,
+    OURS,
+    SUMMARY,
+    add_flags,
+    all_sum,
+    from_all,
+    from_rank_0,
+    local,
+    micro_batches_of,
+    on_device,
+    open_run,
+    print_plan,
+    read_examples,
+    run,
+    sharded_model,
+    stop,
+)
+
+LOSSES = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm")
+PER_TOKEN = ("ipo", "sigmoid_norm")  # these compare means over the tokens of an answer
+PAIRS_A_RANK = 16  # of an optimizer step
+AS_SFT = "as in the SFT stages"
+DEFAULTS = {"model": ("runs/sft-cold-start/model", SUMMARY), "out": ("runs/dpo", OURS), "rows": (33_000, SUMMARY),
+            "lr": (1e-7, CODE), "epochs": (1, CODE), "warmup": (0.1, AS_SFT), "weight_decay": (0.01, AS_SFT),
+            "clip": (1.0, OURS), "seed": (42, AS_SFT), "max_length": (6144, "the authors' later runs")}
+
+# ----- the losses ----------------------------------------------------------------------------------------------------
+
+
+def sequence_logps(logits, labels):
+    """(sum of log p(label) [B], number of labels [B]) of logits [B, T, V] and labels [B, T], -100: no label.
+
+    logit[label] - log Z in fp32. The plain form; `pair_logps` computes the same without ever holding all the logits.
+    """
+    wanted = labels != -100
+    chosen = logits[wanted].float()  # [N, V]
+    logps = torch.zeros(labels.shape, device=logits.device)
+    own = chosen.gather(-1, labels[wanted][:, None])[:, 0] - chosen.logsumexp(-1)
+    return logps.masked_scatter(wanted, own).sum(-1), wanted.sum(-1)
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1,
+             label_smoothing=0.0, loss_type="sigmoid", chosen_lengths=None, rejected_lengths=None,
+             reference_free=False, alpha=0.0):
+    """(losses [N], chosen rewards [N], rejected rewards [N]) of N pairs, from summed log-probabilities [N] in nats.
+
+    With r = log p - log p_ref of an answer (`reference_free`: log p alone), h = r_w - r_l, e = label_smoothing, and
+    h' = r_w / |y_w| - r_l / |y_l| per token (`chosen_lengths`, `rejected_lengths` [N] are the |y|):
+      "sigmoid"       -(1 - e) log s(beta h) - e log s(-beta h)                DPO, arXiv 2305.18290, eq. 7; with e > 0
+                                                                               conservative DPO (Mitchell 2023)
+      "robust"        (-(1 - e) log s(beta h) + e log s(-beta h)) / (1 - 2 e)  rDPO, arXiv 2403.00409
+      "hinge"         max(0, 1 - beta h)                                       SLiC's, normalized: arXiv 2309.06657
+      "ipo"           (h' - 1 / (2 beta))^2                                    IPO, arXiv 2310.12036, eq. 17, per token
+                                                                               as its authors confirmed (trl#1265)
+      "sigmoid_norm"  -log s(beta h')                                          length-normalized, arXiv 2411.15124
+    plus alpha * -log p(y_w) / |y_w|, the chosen answer's NLL (arXiv 2404.19733, eq. 1). Rewards are beta * r, detached.
+    InputError for what has no meaning: e outside [0, 0.5) or with another loss, beta <= 0, alpha < 0, absent lengths.
+    """
+    check_loss(beta=beta, label_smoothing=label_smoothing, loss_type=loss_type, alpha=alpha)
+    if (chosen_lengths is None or rejected_lengths is None) and (loss_type in PER_TOKEN or alpha):
+        raise InputError(f"loss {loss_type!r} with alpha {alpha:g}: found no lengths; expected chosen_lengths and "
+                         "rejected_lengths")
+    r_w, r_l = policy_chosen_logps, policy_rejected_logps
+    if not reference_free:
+        r_w, r_l = r_w - ref_chosen_logps, r_l - ref_rejected_logps
+    h = r_w / chosen_lengths - r_l / rejected_lengths if loss_type in PER_TOKEN else r_w - r_l
+    if loss_type == "ipo":
+        losses = (h - 1 / (2 * beta)) ** 2
+    elif loss_type == "hinge":
+        losses = torch.relu(1 - beta * h)
+    elif loss_type == "robust":
+        losses = (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) \
+            / (1 - 2 * label_smoothing)
+    else:
+        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h)
+        if label_smoothing:  # left out at 0: where logsigmoid is -inf, 0 times it is NaN
+            losses = losses - label_smoothing * F.logsigmoid(-beta * h)
+    if alpha:
+        losses = losses - alpha * policy_chosen_logps / chosen_lengths
+    return losses, (beta * r_w).detach(), (beta * r_l).detach()
+
+
+def check_loss(*, beta, label_smoothing, loss_type, alpha):
+    """InputError for settings of `dpo_loss` that have no meaning."""
+    if loss_type not in LOSSES:
+        raise InputError(f"loss type {loss_type!r}: expected one of {', '.join(LOSSES)}")
+    if not 0 < beta < math.inf:
+        raise InputError(f"beta {beta:g}: expected a number above 0; without it the answers do not matter")
+    if not 0 <= label_smoothing < 0.5:
+        raise InputError(f"label smoothing {label_smoothing:g}: expected 0 to below 0.5, where labels say nothing")
+    if label_smoothing and loss_type not in ("sigmoid", "robust"):
+        raise InputError(f"label smoothing {label_smoothing:g} with loss {loss_type!r}: expected it with 'sigmoid' or "
+                         "'robust', the losses that are defined with it")
+    if not 0 <= alpha < math.inf:
+        raise InputError(f"alpha {alpha:g}: expected 0 or more; below 0 the chosen answer would be unlearned")
+
+# ----- both answers in one pass --------------------------------------------------------------------------------------
+
+
+def attend_documents(documents, q, k, v):
+    """Causal attention over packed `documents` (data.collate_pairs): what continues a prefix sees it and itself.
+
+    q [1, H, T, C], k and v [1, K, T, C] -> [1, H, T, C].
+    """
+    outputs, lengths = [], [prefix + sum(branches) for prefix, branches in documents]
+    for (prefix, branches), *qkv in zip(documents, *(x.split(lengths, 2) for x in (q, k, v))):
+        first, *others = branches
+        outputs.append(causal_attention(*(x[:, :, :prefix + first] for x in qkv)))
+        # the prefix's queries once more, dropped afterwards: no mask is needed, which leaves the fast kernels
+        for own in zip(*(x[:, :, prefix + first:].split(others, 2) for x in qkv)):
+            whole = (torch.cat([x[:, :, :prefix], tail], 2) for x, tail in zip(qkv, own))
+            outputs.append(causal_attention(*whole)[:, :, prefix:])
+    return torch.cat(outputs, 2)
+
+
+def pair_logps(model, batch):
+    """Summed log-probabilities [N, 2] in fp32 of the chosen and rejected answers of a micro-batch of collate_pairs."""
+    attend = functools.partial(attend_documents, batch["documents"])
+    logps = model(batch["ids"], labels=batch["labels"], positions=batch["positions"], attend=attend)  # [1, T]
+    sums = torch.stack([part.sum() for part in logps[0].split(batch["parts"])])
+    n = len(batch["lengths"])
+    return sums[:2 * n].view(n, 2)
+
+
+def pair_tokens(pair):
+    """Inputs of a pair in a micro-batch with its prompt once."""
+    _, prompt, chosen, rejected = pair
+    return len(prompt) - 1 + len(chosen) + len(rejected)
+
+
+def preference_loss(logps, reference, lengths, *, loss_type="sigmoid", **settings):
+    """What `train.fit` wants of N pairs: (summed loss, N, {name: sum}); logps, reference, lengths [N, 2]: w, l.
+
+    `margin` is the difference of the rewards, `accuracy` counts pairs in which it is above 0. `kl` is the mean over
+    both answers of log p_ref - log p, in nats an answer: the plain (k1) estimate of KL(p_ref || p), right where the
+    answers come from the reference, as DPO's derivation has it; else a measure of drift that may fall below 0.
+    """
+    losses, chosen, rejected = dpo_loss(
+        *logps.unbind(1), *reference.unbind(1), loss_type=loss_type, chosen_lengths=lengths[:, 0],
+        rejected_lengths=lengths[:, 1], **settings)
+    detached = logps.detach()
+    metrics = {"rewards_chosen": chosen, "rewards_rejected": rejected, "margin": chosen - rejected,
+               "accuracy": chosen > rejected, "logps_chosen": detached[:, 0], "logps_rejected": detached[:, 1],
+               "length_chosen": lengths[:, 0], "length_rejected": lengths[:, 1]}
+    if not settings.get("reference_free"):
+        metrics["kl"] = (reference - detached).mean(1)
+    return losses.sum(), len(losses), {name: values.sum(dtype=torch.float64) for name, values in metrics.items()}
+
+# ----- the reference -------------------------------------------------------------------------------------------------
+
+
+def reference_logps(args, training, tokenizer, pairs, files):
+    """{where: (chosen, rejected)}: log-probabilities of `pairs` under the model as it is, from --out or computed now.
+
+    OUT/reference.safetensors holds logps [pairs, 2] in fp32, NaN where not yet computed, and is written again every few
+    pairs, so that a killed computation goes on where it was. Its metadata says what the numbers depend on; InputError
+    when that has changed.
+    """
+    world, path = training.world, Path(args.out) / "reference.safetensors"
+    found = None
+    if world.rank == 0:
+        try:
+            facts = reference_facts(args, world, tokenizer, pairs, files)
+            found = facts, read_reference(path, facts, len(pairs))
+        except InputError as error:
+            found = error
+    found = from_rank_0(world, found)
+    if isinstance(found, InputError):
+        raise found
+    facts, logps = found
+    todo, block = logps.isnan().any(1).nonzero()[:, 0].tolist(), 32 * world.size
+    with tqdm(total=len(pairs), initial=len(pairs) - len(todo), desc="reference", unit="pair", file=sys.stderr, delay=2,
+              disable=None if world.rank == 0 else True) as bar, torch.no_grad():
+        for start in range(0, len(todo), block):
+            rows, own = todo[start:start + block], {}
+            bins = split_step([pair_tokens(pairs[row]) for row in rows], args.micro_tokens, world.size)
+            for part in bins[world.rank::world.size]:  # as many on each rank: all take part in every collective
+                part = [rows[i] for i in part]
+                batch = on_device(collate_pairs([pairs[row] for row in part]), world.device)
+                own |= zip(part, pair_logps(training.model, batch).tolist())
+            for computed in from_all(world, own):
+                for row, values in computed.items():
+                    logps[row] = torch.tensor(values)
+            for row in rows:
+                if not logps[row].isfinite().all():
+                    raise SystemExit(f"error: {pairs[row][0]}: the model's log-probabilities of the two answers are "
+                                     f"{logps[row].tolist()}; expected finite numbers")
+            if world.rank == 0:
+                with written_aside(path) as aside:
+                    save_file({"logps": logps}, aside, metadata={"facts": json.dumps(facts)})
+                    aside.chmod(0o644)  # safetensors makes a file that only its owner may read
+            bar.update(len(rows))
+    if world.mesh:  # the root stays gathered after a forward pass without a backward pass
+        training.model.reshard()
+    return {pair[0]: tuple(values) for pair, values in zip(pairs, logps.tolist())}
+
+
+def reference_facts(args, world, tokenizer, pairs, files):
+    """{what the reference log-probabilities depend on: a value or a SHA-256}."""
+    def digest(parts):
+        found = hashlib.sha256()
+        for part in parts:
+            found.update(part)
+        return found.hexdigest()
+    talk = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    rendered = [render_chat(tokenizer, own, ask) for own in (talk, talk[1:]) for ask in (True, False)]
+    return {"weights": digest(sha256(path).encode() for path in sorted(set(checkpoint_files(args.model).values()))),
+            "data": [one["sha256"] for one in files],
+            "template": digest([repr(rendered).encode()]),
+            "pairs": digest(len(ids).to_bytes(8, "big") + ids.tobytes() for _, *parts in pairs for ids in parts),
+            "max_length": args.max_length, "seed": args.seed,  # which rounds weights stored in more than bf16
+            "dtype": args.dtype + ("" if has_fast_bf16(world.device) else ", computed in fp32")}
+
+
+def read_reference(path, facts, n):
+    """logps [n, 2] in the file `path`, all NaN if there is none; InputError when it was computed from other `facts`."""
+    if not path.exists():
+        return torch.full((n, 2), math.nan)
+    with open_safetensors(path) as file:
+        given, names = parse_json((file.metadata() or {}).get("facts", "{}"), path), list(file.keys())
+        differing = [key for key in facts if given.get(key) != facts[key]]
+        if differing or names != ["logps"]:
+            raise InputError(f"{path}: computed with another {', '.join(differing)}; expected the same, another --out, "
+                             "or this file removed so that it is computed again")
+        return file.get_tensor("logps")
+
+
+@torch.no_grad()
+def copy_of(training):
+    """A second model, sharded alike, with the weights that `training` has now; it is not trained."""
+    own = training.model
+    model = sharded_model(own.config, training.world, own.norm.weight.dtype)
+    model.to_empty(device=training.world.device)
+    model.tie_weights()
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        local(parameter).copy_(local(own.get_parameter(name)))
+    return model
+
+
+# how far log-probabilities may be off their reference's for rounding: a pass packed otherwise rounds otherwise, which
+# measured 0.025 (SmolLM2 in bf16, the prompt once against twice, 32 pairs)
+ROUNDING = {"bf16": 0.1, "fp32": 1e-3}
+
+
+@torch.no_grad()
+def check_start(args, training, micro_batches, reference):
+    """InputError unless the model gives its reference's log-probabilities: before the first step all margins are 0.
+
+    Compared is the root mean square, over answers, of the difference in nats divided by the root of the length, since
+    the rounding of a sum of n terms grows with the root of n.
+    """
+    squares = count = 0
+    for batch in micro_batches:
+        batch = on_device(batch, training.world.device)
+        off = pair_logps(training.model, batch) - reference(batch)
+        squares, count = squares + (off.double() ** 2 / batch["lengths"]).sum(), count + off.numel()
+    if training.world.mesh:
+        training.model.reshard()
+    squares, count = all_sum(training.world, [squares, count])
+    off = math.sqrt(squares / count)
+    if not off <= ROUNDING[args.dtype]:
+        raise InputError(f"{args.out}: before the first step the model's log-probabilities are off the reference's by "
+                         f"{off:.3g} nats times the root of the length; expected at most {ROUNDING[args.dtype]:g}: "
+                         "this is not the model that the reference was computed with")
+
+
+# ----- a run ---------------------------------------------------------------------------------------------------------
+
+
+def train_on(args, world, config, tokenizer, pairs, held, plan):
+    """Precomputes the reference, trains and exports."""
+    known, second = {}, None  # {where: log-probabilities}, or the model that gives them
+    settings = {name: getattr(args, name) for name in (
+        "beta", "label_smoothing", "loss_type", "reference_free", "alpha")}
+
+    def collate(pairs):
+        return collate_pairs(pairs) | {"where": [where for where, *_ in pairs]}
+
+    def reference(batch):
+        if args.reference_free:
+            return torch.zeros(len(batch["where"]), 2, device=world.device)
+        if args.reference == "cached":
+            return torch.tensor([known[where] for where in batch["where"]], device=world.device).view(-1, 2)
+        with torch.no_grad():
+            logps = pair_logps(second, batch)
+        if world.mesh:
+            second.reshard()
+        return logps
+
+    def loss_fn(model, batch):
+        logps_ref = reference(batch)
+        return preference_loss(pair_logps(model, batch), logps_ref, batch["lengths"], **settings)
+
+    def prepare(training, files):
+        nonlocal second
+        if args.reference_free:
+            return
+        if args.reference == "live":
+            second = copy_of(training)
+        else:
+            known.update(reference_logps(args, training, tokenizer, pairs + held, files))
+        first = micro_batches_of(pairs[:args.batch_size], args.micro_tokens, world, tokens=pair_tokens, collate=collate)
+        check_start(args, training, first, reference)
+    run(args, "dpo", world, config, pairs, held, plan, fixed=(*settings, "reference"), tokens=pair_tokens,
+        collate=collate, loss_fn=loss_fn, prepare=prepare, reported=("loss", "accuracy", "margin", "logps_chosen"))
+
+
+def parse_args(argv=None):
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    parser = Parser(description="Direct preference optimization.")
+    add_flags(parser, DEFAULTS | {"batch_size": (PAIRS_A_RANK * ranks, f"16 a GPU in {CODE}, times {ranks} here")})
+    parser.add_argument("--beta", type=number(0, open_end=True), default=0.1,
+                        help=f"how closely the model is held to the reference (default 0.1: {OURS})")
+    parser.add_argument("--loss-type", choices=LOSSES, default="sigmoid", help="see dpo_loss (default sigmoid: DPO)")
+    parser.add_argument("--label-smoothing", type=number(0, 0.5), default=0.0,
+                        help="part of the pairs taken to be labelled the wrong way round (default 0)")
+    parser.add_argument("--alpha", type=number(0), default=0.0, help="weight of the chosen answer's NLL (default 0)")
+    parser.add_argument("--reference-free", action="store_true", help="rewards are log p alone, without a reference")
+    parser.add_argument("--reference", choices=("cached", "live"), default="cached",
+                        help="log-probabilities computed once, or a second model kept beside this one (default cached)")
+    args = parser.parse_args(argv)
+    check_loss(beta=args.beta, label_smoothing=args.label_smoothing, loss_type=args.loss_type, alpha=args.alpha)
+    if args.loss_type == "robust" and not args.label_smoothing:
+        raise InputError("--loss-type robust without --label-smoothing: that is sigmoid; expected one above 0")
+    if args.reference_free and args.reference == "live":
+        raise InputError("--reference-free with --reference live: expected one of the two")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    world, config, tokenizer = open_run(args, answers=2)
+    pairs, held, plan = read_examples(args, world, pair_of, lambda rows: render_pairs(
+        tokenizer, rows, args.max_length, on_bad_row=args.on_bad_row))
+    if world.rank == 0 and args.inspect:
+        for where, *pair in pairs[:args.inspect]:
+            for name, (ids, labels) in zip(("chosen", "rejected"), rows_of_pair(*pair)):
+                print(f"--- {where}, {name}: {len(ids)} tokens\n"
+                      f"{show_example(tokenizer, ids, labels, sys.stdout.isatty())}")
+    plan |= {"tokens": sum(map(pair_tokens, pairs)),
+             "tokens_supervised": sum(len(chosen) + len(rejected) for *_, chosen, rejected in pairs)}
+    if world.rank == 0 and not args.inspect:
+        second = {}
+        if args.reference == "live":
+            size = DTYPES[args.dtype].itemsize * parameter_count(config) / world.shards
+            second = {f"reference: {DTYPES[args.dtype].itemsize} × parameters / shards": size}
+        print_plan(args, world, config, plan, [
+            f"pairs: {plan['rows_read']:,} read, {plan['rows_bad']:,} bad; dropped: {plan['rows_empty']:,} with an "
+            f"empty answer, {plan['rows_equal']:,} with equal answers, {plan['rows_dropped']:,} without room for one "
+            f"within --max-length {args.max_length:,}; {plan['answers_truncated']:,} answers truncated",
+            f"trained: {plan['rows_trained']:,} of {args.rows:,} pairs asked for, {plan['tokens']:,} tokens, "
+            f"{plan['tokens_supervised']:,} of them supervised; held out: {plan['rows_held_out']:,} pairs"], second)
+    if not args.inspect and not args.dry_run:
+        train_on(args, world, config, tokenizer, pairs, held, plan)
+    stop(world)
+
+
+if __name__ == "__main__":
+    run_main(main)
