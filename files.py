@@ -65,8 +65,8 @@ def reuse_freed_memory():
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: blocks below 32 MB come from the heap; larger ones would leave holes
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and stay there
+        mallopt(-4, 0)  # M_MMAP_MAX: no block, however large, is mapped by itself and given back when it is freed
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
 
 
 def one_line(error):

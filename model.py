@@ -105,7 +105,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 
 def slices(tensor):
     """Views of a contiguous tensor, flat, in pieces of the cache's size: what is computed between stays there."""
-    return tensor.view(-1).split(1 << 16 if tensor.device.type == "cpu" else 1 << 24)
+    return tensor.view(-1).split(1 << 18 if tensor.device.type == "cpu" else 1 << 24)
 
 
 def stochastic_round_(target, source, generator):
@@ -190,9 +190,23 @@ def rotary_table(config, positions):
     return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
 
+class Rotation(torch.autograd.Function):
+    """x cos + swap(x) sin in fp32, rounded once; the way back is the rotation by the opposite angle."""
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        exact = x.float()
+        return (exact * cos).add_(exact.roll(x.shape[-1] // 2, -1).mul_(sin)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return Rotation.apply(grad, cos, -sin), None, None
+
+
 def rotate(x, cos, sin):
     """Rotates the channel pairs (i, i + C/2) of x [B, T, N, C], as Hugging Face weights expect; computed in fp32."""
-    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    return Rotation.apply(x, cos, sin)
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -267,15 +281,19 @@ def causal_attention(q, k, v):
 class TokenLogps(torch.autograd.Function):
     """log p(label) = logit[label] - logsumexp(logits) in fp32, a block of the vocabulary at a time.
 
-    Never all [N, V] logits exist, and none are kept: backward computes them again from the logsumexp that is, writes
-    d logits = grad * (onehot(label) - softmax) over them, and has done with a block of the weight before the next.
+    Never all [N, V] logits exist in fp32. Backward has the logsumexp and computes a block's logits again (unless all of
+    them are small enough to be kept as they are), writes d logits = grad * (onehot(label) - softmax) over them, and has
+    done with a block of the weight before the next.
     """
     @staticmethod
     def forward(ctx, h, weight, labels):
         normalizer = torch.full(labels.shape, -math.inf, device=h.device)
         wanted = torch.zeros_like(normalizer)
+        ctx.kept = [] if len(h) * len(weight) <= 1 << 26 and any(ctx.needs_input_grad) else None  # 134 MB in bf16
         for words in TokenLogps.blocks(h, weight):
             logits = linear(h, weight[words])
+            if ctx.kept is not None:
+                ctx.kept.append(logits)
             own, inside = TokenLogps.within(labels, words)
             wanted = torch.where(inside, logits.gather(-1, own[:, None])[:, 0].float(), wanted)
             sums = torch.cat([rows.float().logsumexp(-1) for rows in TokenLogps.pieces(logits)])
@@ -286,11 +304,12 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         h, weight, labels, normalizer = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # they are written over: a second backward pass computes them again
         grad_h = torch.zeros_like(h, dtype=torch.float32)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for words in TokenLogps.blocks(h, weight):
             part = weight[words].to(h.dtype)
-            d = F.linear(h, part)
+            d = kept.pop(0) if kept else F.linear(h, part)
             own, inside = TokenLogps.within(labels, words)
             hit = torch.where(inside, grad, 0)
             for rows, *column in zip(*(TokenLogps.pieces(x) for x in (d, normalizer, grad, own, hit))):

@@ -677,7 +677,7 @@ def model_card(name, config, *, source, recipe, files, results):
 
 def default_budget(world, answers=1):
     """Tokens of a micro-batch: enough to keep the device busy, few enough to leave it memory."""
-    return 8192 if world.device.type == "cuda" else 512 * answers
+    return 8192 if world.device.type == "cuda" else 1024 * answers
 
 
 def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, fast_bf16=True):
