@@ -16,9 +16,32 @@ $(VENV)/%.done: pyproject.toml constraints.txt
 
 demo: $(VENV)/demo.done
 	$(BIN)/python demo/fetch.py
+	$(MAKE) runs/demo-dpo/model/config.json
 	$(BIN)/python retrieve.py build --data demo/data/traces.jsonl --out index/traces
-	$(BIN)/python ttt.py --max-new-tokens 256 --question "My mother, 71, has had a painful swollen calf since her knee \
-	operation ten days ago and is now short of breath. What could this be, and what should be done first?"
+	$(BIN)/python ttt.py --model runs/demo-dpo/model --max-new-tokens 256 --question "My mother, 71, has had a painful \
+	swollen calf since her knee operation ten days ago and is now short of breath. What could this be, and what should \
+	be done first?"
+
+# The paper's stages in miniature: its learning rates, but for DPO's (ten steps at 1e-7 would show nothing), small
+# batches. Each prints what its held-out loss was and is. What is there already is not trained again.
+SMALL = --batch-size 4 --epochs 2 --val-rows 8 --save-every 0 --resume --out $(@D:/model=)
+trained = rm -r $(@D:/model=)/checkpoints  # 1.6 GB each
+
+runs/demo-stage1/model/config.json:
+	$(BIN)/python sft.py --stage 1 $(SMALL) --model models/smollm2-135m-instruct --data demo/data/sft_all.jsonl
+	$(trained)
+runs/demo-stage2/model/config.json: runs/demo-stage1/model/config.json
+	$(BIN)/python sft.py --stage 2 $(SMALL) --model $(<D) --data demo/data/sft_internal_medicine.jsonl
+	$(trained)
+runs/demo-stage3/model/config.json: runs/demo-stage2/model/config.json
+	$(BIN)/python sft.py --stage 3 $(SMALL) --model $(<D) --data demo/data/sft_endocrinology.jsonl
+	$(trained)
+runs/demo-cold-start/model/config.json: runs/demo-stage3/model/config.json
+	$(BIN)/python sft.py --stage cold-start $(SMALL) --epochs 1 --model $(<D) --data demo/data/traces.jsonl
+	$(trained)
+runs/demo-dpo/model/config.json: runs/demo-cold-start/model/config.json
+	$(BIN)/python dpo.py $(SMALL) --epochs 1 --lr 1e-6 --model $(<D) --data demo/data/pairs.jsonl
+	$(trained)
 
 test: $(VENV)/test.done
 	$(BIN)/python demo/fetch.py

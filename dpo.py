@@ -139,10 +139,11 @@ def attend_documents(documents, q, k, v):
     for (prefix, branches), *qkv in zip(documents, *(x.split(lengths, 2) for x in (q, k, v))):
         first, *others = branches
         outputs.append(causal_attention(*(x[:, :, :prefix + first] for x in qkv)))
-        # the prefix's queries once more, dropped afterwards: no mask is needed, which leaves the fast kernels
-        for own in zip(*(x[:, :, prefix + first:].split(others, 2) for x in qkv)):
-            whole = (torch.cat([x[:, :, :prefix], tail], 2) for x, tail in zip(qkv, own))
-            outputs.append(causal_attention(*whole)[:, :, prefix:])
+        for n, own in zip(others, zip(*(x[:, :, prefix + first:].split(others, 2) for x in qkv))):
+            whole = [torch.cat([x[:, :, :prefix], tail], 2) for x, tail in zip(qkv, own)]
+            if q.device.type == "cpu":  # on a GPU the prefix asks again, in vain: a mask would cost the fast kernels
+                whole[0] = own[0]
+            outputs.append(causal_attention(*whole)[:, :, -n:])
     return torch.cat(outputs, 2)
 
 

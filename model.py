@@ -322,8 +322,8 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def blocks(h, weight):
-        """Slices of the vocabulary with about 4 million logits on a CPU, 64 million on a GPU."""
-        size = max(1024, (1 << 22 if h.device.type == "cpu" else 1 << 26) // len(h))
+        """Slices of the vocabulary, each with about as many logits as shall exist at a time."""
+        size = max(1024, block_of_logits(h.device) // len(h))
         return [slice(start, start + size) for start in range(0, len(weight), size)]
 
     @staticmethod
@@ -336,6 +336,11 @@ class TokenLogps(torch.autograd.Function):
     def pieces(tensor):
         """A block cut into rows that stay in a CPU's cache while they are worked on in fp32."""
         return tensor.split(32 if tensor.device.type == "cpu" else len(tensor))
+
+
+def block_of_logits(device):
+    """How many logits exist at a time: few on a CPU, where they should stay in its cache."""
+    return 1 << 22 if device.type == "cpu" else 1 << 26
 
 
 def token_logps(h, weight, labels):
@@ -762,13 +767,13 @@ def check_checkpoint(files, config):
 def read_rows(files, parts, start, stop):
     """Rows start … stop of the Hugging Face tensors `parts` set one below the other, piece by piece: (offset, tensor).
 
-    The file is memory-mapped anew for each piece of about 16 MB, so no more than that is resident beside the model.
+    The file is memory-mapped anew for each piece of at most 8 MB, so no more than that is resident beside the model.
     """
     begin = 0
     for name in parts:
         with open_safetensors(files[name]) as file:
             shape = file.get_slice(name).get_shape()
-        step = max(1, (1 << 22) // math.prod(shape[1:]))
+        step = max(1, (1 << 21) // math.prod(shape[1:]))
         first, last = max(start - begin, 0), min(stop - begin, shape[0])
         for row in range(first, last, step):
             with open_safetensors(files[name]) as file:

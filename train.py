@@ -62,6 +62,7 @@ from model import (
     Llama,
     LlamaConfig,
     add_,
+    block_of_logits,
     causal_attention,
     check_checkpoint,
     checkpoint_files,
@@ -692,14 +693,14 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
     layer = sum(p.numel() for p in model.layers[0].parameters())
     w, c = (4, 4) if dtype == torch.float32 else (2, 2 if fast_bf16 else 4)
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    block = (16 if c == 2 else 24) * config.hidden_size + c * (4 * config.intermediate_size + 3 * (queries + keys))
+    block = c * (4 * config.hidden_size + 3 * config.intermediate_size + 4 * (queries + keys))
     layers = config.num_hidden_layers
     kept = layers * c * config.hidden_size + block if activation_checkpointing else layers * block
     parts = {f"state: {16 if w == 4 else 18} × {parameters:,} parameters / {world.shards} shards":
              (16 if w == 4 else 18) * parameters / world.shards,
              f"activations of {tokens:,} tokens: " + ("L · c · D + one layer's" if activation_checkpointing else
-             "L · (6 to 8 · c · D + 4 · c · I + 3 · c · (H + K) · C)"): tokens * kept,
-             "logits: 1,024 positions · V · 4 bytes, three of them": 3 * 4 * min(tokens, 1024) * config.vocab_size}
+             "L · c · (4 · D + 3 · I + 4 · (H + K) · C)"): tokens * kept,
+             f"logits: 12 bytes × a block of {block_of_logits(world.device):,}": 12 * block_of_logits(world.device)}
     if world.shards > 1:
         root = parameters - layers * layer
         parts["gathered: embedding and head, two layers, and the gradients of as much"] = 2 * w * (root + 2 * layer)

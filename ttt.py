@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from data import Tokenizer, check_unicode, messages_of, question_of, render_chat, stream_text, training_example
 from files import DISCLAIMER, InputError, Parser, number, one_line, read_jsonl, run_main, whole
-from model import generate, load_model, stochastic_round_, stop_ids_of
+from model import generate, load_model, slices, stochastic_round_, stop_ids_of
 from retrieve import Encoder, Index
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -67,16 +67,15 @@ def make_update(optimizer, lr, generator, eps=1e-8, betas=(0.9, 0.999)):
                 moments[weight] = [0, *(torch.zeros_like(weight, dtype=torch.float32) for _ in betas)]
             state = moments[weight]
             state[0] += 1
-        slice_length = 1 << 16 if weight.device.type == "cpu" else 1 << 24  # temporaries that stay in the cache
-        for start in range(0, weight.numel(), slice_length):
-            part = slice(start, start + slice_length)
-            w, g = weight.view(-1)[part], grad.reshape(-1)[part].float()
+        whole = [weight, grad.contiguous(), *(state[1:] if state else ())]
+        for w, g, *moment in zip(*map(slices, whole)):
+            g = g.float()
             if optimizer == "signsgd":
                 step = g / (g.abs() + eps)
             elif optimizer == "sgd":
                 step = g
             else:
-                t, m, v = state[0], state[1].view(-1)[part], state[2].view(-1)[part]
+                t, (m, v) = state[0], moment
                 m.lerp_(g, 1 - betas[0])
                 v.lerp_(g * g, 1 - betas[1])
                 step = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)

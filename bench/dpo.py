@@ -11,8 +11,6 @@ autocast on fp32 weights, batches of 1 x 8 accumulated. Times leave out loading 
 import argparse
 import json
 import os
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +20,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
+from compare import peak_memory, run_each
 
 from data import Tokenizer, render_pairs, steps_of_epochs
 from files import read_jsonl, run_main, whole
@@ -115,12 +114,9 @@ def measure(args):
     rows = read_rows(args)
     losses, seconds, precomputed = trl(args, rows) if args.measure == "trl" else \
         ours(args, rows, live=args.measure == "ours-live")
-    gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
     print(json.dumps({"who": args.measure, "pairs": len(rows), "seconds": round(seconds, 1),
                       "of them reference": round(precomputed, 1), "pairs_per_s": round(len(rows) / seconds, 4),
-                      "losses": [round(loss, 4) for loss in losses],
-                      "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
-                      "gpu_gb": gpu and round(gpu, 2)}))
+                      "losses": [round(loss, 4) for loss in losses]} | peak_memory()))
 
 
 def main():
@@ -137,19 +133,11 @@ def main():
     args = parser.parse_args()
     if args.measure:
         return measure(args)
-    results = []
-    for who in args.who:
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--measure", who], stdout=subprocess.PIPE,
-                              text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        print(json.dumps(results[-1]), file=sys.stderr)
+    results = run_each(__file__, args)
     print("| | pairs/s | seconds a pair | peak memory, GB | losses |\n|---|---|---|---|---|")
     for row in results:
         print(f"| {row['who']} | {row['pairs_per_s']:.3f} | {row['seconds'] / row['pairs']:.2f} | "
               f"{row['peak_rss_gb']:.1f} | {', '.join(f'{loss:.3f}' for loss in row['losses'])} |")
-    out = Path("bench/results")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "dpo.json").write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

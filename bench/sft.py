@@ -10,8 +10,6 @@ accumulated. Tokens are those of the rows: padding does not count. Times leave o
 import argparse
 import json
 import os
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
+from compare import peak_memory, run_each
 
 from data import Tokenizer, collate, messages_of, render_rows, split_step
 from files import read_jsonl, run_main, whole
@@ -39,6 +38,7 @@ def read_examples(args):
 
 def ours(args, examples):
     """[loss of each step], seconds."""
+
     import train
     from sft import loss_fn
     world = train.start("auto")
@@ -94,17 +94,14 @@ def measure(args):
     """One opponent in this process; prints a line of JSON."""
     torch.set_num_threads(args.threads)
     examples = read_examples(args)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     began = time.process_time()
     losses, seconds = ours(args, examples) if args.measure == "ours" else \
         trl(args, examples, packing=args.measure == "trl-packing")
     cpu = time.process_time() - began  # with loading; says more than the clock where others use the machine too
     tokens = sum(len(ids) for _, ids, _ in examples)
-    gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
     print(json.dumps({"who": args.measure, "tokens": tokens, "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1),
-                      "tokens_per_s": round(tokens / seconds, 1), "losses": [round(loss, 4) for loss in losses],
-                      "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
-                      "rss_before_gb": round(before * 1.024, 2), "gpu_gb": gpu and round(gpu, 2)}))
+                      "tokens_per_s": round(tokens / seconds, 1), "losses": [round(loss, 4) for loss in losses]}
+                     | peak_memory()))
 
 
 def main():
@@ -121,19 +118,11 @@ def main():
     args = parser.parse_args()
     if args.measure:
         return measure(args)
-    results = []
-    for who in args.who:
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--measure", who], stdout=subprocess.PIPE,
-                              text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        print(json.dumps(results[-1]), file=sys.stderr)
+    results = run_each(__file__, args)
     print("| | tokens/s | seconds | peak memory, GB | losses |\n|---|---|---|---|---|")
     for row in results:
         print(f"| {row['who']} | {row['tokens_per_s']:.0f} | {row['seconds']:.0f} | {row['peak_rss_gb']:.1f} | "
               f"{', '.join(f'{loss:.3f}' for loss in row['losses'])} |")
-    out = Path("bench/results")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "sft.json").write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""What the benches beside TRL share: each side in a process of its own, its peak memory, the results on disk."""
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def run_each(script, args):
+    """Runs `script` once for each of args.who, in order, with --measure: [the JSON object it printed last]."""
+    results = []
+    for who in args.who:
+        done = subprocess.run([sys.executable, script, *sys.argv[1:], "--measure", who], stdout=subprocess.PIPE,
+                              text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(results[-1]), file=sys.stderr)
+    out = Path("bench/results") / f"{Path(script).stem}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=2))
+    return results
+
+
+def peak_memory():
+    """{"peak_rss_gb", "gpu_gb"} of this process; None for the latter without a GPU."""
+    gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+    return {"peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+            "gpu_gb": gpu and round(gpu, 2)}
