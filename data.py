@@ -291,8 +291,8 @@ def pair_of(record):
     """(prompt messages, chosen answer, rejected answer) of a preference row; an answer may be empty. Else InputError.
 
     Reads prompt (or instruction), chosen and rejected, each a string or a list of messages: FineMed-DPO's columns,
-    TRL's, and instruction/chosen/rejected. Without a prompt, chosen and rejected are whole conversations that differ in
-    their last message (TRL's implicit prompt).
+    TRL's, and instruction/chosen/rejected. Where chosen and rejected have several messages they are whole conversations
+    that differ in their last one (TRL's implicit prompt), and a prompt beside them says nothing new.
     """
     answers = []
     for key in ("chosen", "rejected"):
@@ -301,12 +301,15 @@ def pair_of(record):
             raise InputError(f"found no answer under {key} (keys: {', '.join(sorted(record)) or 'none'})")
         answers.append([{"role": "assistant", "content": value}] if isinstance(value, str) else value)
     chosen, rejected = answers
-    if record.get("instruction") or record.get("prompt") or len(chosen) == 1:
+    if len(chosen) == 1 or len(rejected) == 1:
         prompt = _side(record, ("instruction", "prompt"), "user")
     else:
         prompt, chosen = chosen[:-1], chosen[-1:]
         if rejected[:-1] != prompt:
             raise InputError("chosen and rejected differ before their last message; expected one prompt for both")
+        if (record.get("instruction") or record.get("prompt")) and \
+                _side(record, ("instruction", "prompt"), "user")[-1] != prompt[-1]:
+            raise InputError("the prompt is not what chosen and rejected answer; expected one prompt for all")
         rejected = rejected[-1:]
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         _, turns = check_messages([*prompt, *answer])
@@ -525,12 +528,10 @@ def split_step(lengths, budget, world=1):
 def collate(examples, packed=None):
     """[(where, ids, labels)] -> one micro-batch: a dict of ids and labels [B, T] int64, positions and documents.
 
-    Packed, the rows lie one behind the other in a single row [1, sum of lengths]: `documents` are their lengths, for a
-    block-diagonal mask, and `positions` [T] begin at 0 in each. Otherwise the rows lie one below the other, padded at
-    their end, where causal attention does not look (documents and positions None). By default packed unless padding
-    adds less than 2 %: measured on two cores (SmolLM2's attention, 1,024 tokens, forward and backward), four documents
-    of 256 take 45 ms packed and 47 padded, documents of 600, 300, 100 and 24 take 67 packed, 187 padded, and 153 under
-    one block-diagonal mask; everything outside attention costs by the token. On a GPU one call is better than several.
+    Packed, the rows lie one behind the other in a single row [1, sum of lengths]: `documents` are their lengths, for
+    attention within each (train.attend_apart), and `positions` [T] begin at 0 in each. Otherwise the rows lie one below
+    the other, padded at their end, where causal attention does not look (documents and positions None). By default
+    packed unless padding adds less than 2 %, for everything outside attention costs by the token.
     No examples make a micro-batch of one untrained token: a rank without rows takes part in every collective.
     """
     if not examples:

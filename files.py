@@ -66,7 +66,7 @@ def reuse_freed_memory():
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no block, however large, is mapped by itself and given back when it is freed
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and less than 2 GB free at the heap's end stay there
 
 
 def one_line(error):

@@ -11,9 +11,9 @@ Dividing once, by the count over the whole step, makes the gradient that of one 
 over ranks and micro-batches; FSDP averages over ranks, hence the factor. Why masters and stochastic rounding: a step of
 1e-6 is far below half a bf16 ulp of most weights, so rounding to nearest would show the model none of it (README).
 
-What repeats: the same command on the same machine with the same number of ranks gives the same bits, also across kills
-and resumes. Another number of ranks sees the same rows in the same steps; with --dtype fp32 it gives the same weights
-up to the order of sums (1e-6), in bf16 the rounding noise differs.
+What repeats: the same command on the same CPUs with the same number of ranks gives the same bits, also across kills and
+resumes (a GPU's attention adds gradients in no fixed order). Another number of ranks sees the same rows in the same
+steps; with --dtype fp32 it gives the same weights up to the order of sums (1e-6), in bf16 the rounding noise differs.
 
 State a parameter costs 18 bytes in bf16 (2 weights, 4 master, 8 moments, 4 gradient), 16 in fp32, over all shards.
 """
@@ -48,7 +48,6 @@ from files import (
     InputError,
     number,
     one_line,
-    parse_json,
     read_json,
     read_jsonl,
     remove,
@@ -351,13 +350,18 @@ def fit(training, batches, loss_fn, *, steps, lr, warmup=0.1, clip=1.0, out=None
                 raise SystemExit(1)
 
 
+def on_device(batch, device):
+    """A micro-batch with its tensors on `device`."""
+    return {key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items()}
+
+
 def take_step(training, stream, loss_fn, lr, clip, signals):
     """One optimizer step on the next batch of `stream`: (its row of metrics, its row numbers)."""
     model, world, began = training.model, training.world, time.perf_counter()
     rows, micro_batches = next(stream)
     loss, count, tokens, sums = 0, 0, 0, Counter()
     for batch in micro_batches:
-        batch = {key: x.to(world.device) if torch.is_tensor(x) else x for key, x in batch.items()}
+        batch = on_device(batch, world.device)
         for layer in model.layers:
             layer.checkpointing = batch["ids"].numel() > training.checkpoint_above
         part, n, extra = loss_fn(model, batch)
@@ -397,11 +401,6 @@ def take_step(training, stream, loss_fn, lr, clip, signals):
     return row | {"signal": signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0}, rows
 
 
-def on_device(batch, device):
-    """A micro-batch with its tensors on `device`."""
-    return {key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items()}
-
-
 @torch.no_grad()
 def evaluate(training, micro_batches, loss_fn):
     """{"loss" and the names of loss_fn's sums: per counted token or pair} over all ranks' `micro_batches`."""
@@ -435,10 +434,9 @@ def signals_noted():
 def open_metrics(out, step):
     """out/metrics.jsonl for appending, without the lines of steps after `step` that a kill has undone."""
     path, kept = Path(out) / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(InputError):  # the last line of a killed run may be half a line
-            if parse_json(line, path).get("step", 0) <= step and step:
-                kept.append(line + "\n")
+    for _, row in read_jsonl(path) if path.exists() else ():
+        if not isinstance(row, InputError) and row.get("step", 0) <= step and step:  # a killed run ends in half a line
+            kept.append(json.dumps(row) + "\n")
     with written_aside(path) as aside:
         aside.write_text("".join(kept))
     return open(path, "a")
@@ -549,7 +547,8 @@ def fault_of(folder):
 
 def checkpoints_of(folder):
     """The checkpoints in `folder`, newest first."""
-    return sorted(Path(folder).glob("step-[0-9]*"), key=lambda path: int(path.name[5:]), reverse=True)
+    found = [path for path in Path(folder).glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def remove_old_checkpoints(folder, keep):
@@ -563,21 +562,30 @@ def remove_old_checkpoints(folder, keep):
 
 
 def resume(training, folder, facts=None):
-    """Fills `training` from the newest checkpoint in `folder` that verifies; False if there is none.
+    """Fills `training` from the newest checkpoint in `folder` that verifies; False if there is none."""
+    found = checkpoint_to_resume(training.world, folder, facts or {})
+    if found:
+        load_checkpoint(training, *found)
+    return bool(found)
 
-    The number of ranks may have changed. InputError when the run it belongs to differed in one of `facts` (what fixes
-    the data and its order). The checkpoint's .metadata is a pickle: resume from your own runs only.
+
+def checkpoint_to_resume(world, folder, facts):
+    """(path, its numbers) of the newest checkpoint in `folder` that verifies, on every rank; None if there is none.
+
+    InputError when the run it belongs to differed in one of `facts` (what fixes the data and its order).
     """
-    world, found = training.world, None
-    if world.rank == 0:
-        found = find_checkpoint(folder, facts or {})
-    found = from_rank_0(world, found)
+    found = from_rank_0(world, find_checkpoint(folder, facts) if world.rank == 0 else None)
     if isinstance(found, InputError):
         raise found
-    if not found:
-        return False
-    path, numbers = found
-    tensors = state_tensors(training)
+    return found
+
+
+def load_checkpoint(training, path, numbers):
+    """Fills `training` from what `checkpoint_to_resume` found; the number of ranks may have changed.
+
+    The checkpoint's .metadata is a pickle: resume from your own runs only.
+    """
+    world, tensors = training.world, state_tensors(training)
     if world.rank >= numbers["world_size"]:
         del tensors[f"rng/{world.rank}"]
     if world.rank >= numbers["world_size"] or numbers["device"] != "cuda":
@@ -593,7 +601,6 @@ def resume(training, folder, facts=None):
     for state in training.optimizer.state.values():
         state["step"].fill_(training.updates)
     refresh_weights(training)
-    return True
 
 
 def find_checkpoint(folder, facts):
@@ -701,7 +708,9 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
              f"activations of {tokens:,} tokens: " + ("L · c · D + one layer's" if activation_checkpointing else
              "L · c · (4 · D + 3 · I + 4 · (H + K) · C)"): tokens * kept,
              f"logits: 12 bytes × a block of {block_of_logits(world.device):,}": 12 * block_of_logits(world.device)}
-    if world.shards > 1:
+    if world.shards == 1:
+        parts["gradient of the head: w · V · D"] = w * config.vocab_size * config.hidden_size
+    else:
         root = parameters - layers * layer
         parts["gathered: embedding and head, two layers, and the gradients of as much"] = 2 * w * (root + 2 * layer)
     return parts
@@ -736,7 +745,7 @@ def add_flags(parser, chosen):
     flag("max_length", whole(2), "tokens of a row; the end of a longer answer is cut")
     flag("val_rows", whole(0), "rows held out (default: 5 %% of the rows, at most 200)")
     flag("micro_tokens", whole(1), "tokens in one forward and backward pass of a rank: memory grows with it, the "
-         "result stays (default 8,192 on a GPU; on a CPU 512, for DPO 1,024)")
+         "result stays (default 8,192 on a GPU; on a CPU 1,024, for DPO 2,048)")
     flag("save_every", whole(0), "steps between checkpoints; 0: only the last (default 200)", default=200)
     flag("keep", whole(1), "checkpoints kept that verify (default 2)", default=2)
     switch("resume", "go on from the newest checkpoint in --out that verifies")
@@ -851,6 +860,8 @@ def run(args, name, world, config, examples, held, plan, *, fixed, tokens, colla
     facts = {flag: getattr(args, flag) for flag in (
         *fixed, "model", "rows", "epochs", "max_steps", "lr", "warmup", "weight_decay", "clip", "batch_size",
         "max_length", "seed", "dtype")} | {"data": [one["sha256"] for one in files], "held_out": len(held)}
+    # before anything is written: a run that may not be resumed so stays as it is
+    found = checkpoint_to_resume(world, out / "checkpoints", facts) if args.resume else None
     if world.rank == 0:
         write_json(out / "config.json", vars(args) | {"files": files, "plan": plan})
     # a row longer than a micro-batch should be has its activations computed again rather than kept
@@ -858,7 +869,9 @@ def run(args, name, world, config, examples, held, plan, *, fixed, tokens, colla
                              checkpoint_above=0 if args.activation_checkpointing else args.micro_tokens, seed=args.seed)
     if prepare:
         prepare(training, files)
-    if args.resume and not resume(training, out / "checkpoints", facts) and world.rank == 0:
+    if found:
+        load_checkpoint(training, *found)
+    elif args.resume and world.rank == 0:
         print(f"{out / 'checkpoints'}: no checkpoint to resume from; starting anew", file=sys.stderr)
     lengths = [tokens(example) for example in examples]
     held_batches = micro_batches_of(held, args.micro_tokens, world, tokens=tokens, collate=collate) if held else []
@@ -887,8 +900,10 @@ def results_of(out, reported):
     rows = [row for _, row in read_jsonl(out / "metrics.jsonl") if not isinstance(row, InputError)]
     steps = [row for row in rows if "loss" in row]
     held = [row for row in rows if "val_loss" in row]
-    results = {"steps": steps[-1]["step"], "training loss": f"{steps[0]['loss']:.4f} → {steps[-1]['loss']:.4f}"}
-    for name in reported if held else ():
-        first, last = (row[f"val_{name}"] for row in (held[0], held[-1]))
-        results[f"held-out {name.replace('_', ' ')}"] = f"{first:.4f} → {last:.4f}"
+    results = {"steps": steps[-1]["step"]} if steps else {}
+    for what, key, kept in [("training loss", "loss", steps)] + [
+            (f"held-out {name.replace('_', ' ')}", f"val_{name}", held) for name in reported]:
+        if kept:  # NaN and infinity lie there as text
+            first, last = (float(row[key]) for row in (kept[0], kept[-1]))
+            results[what] = f"{first:.4f} → {last:.4f}"
     return results

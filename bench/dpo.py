@@ -23,7 +23,7 @@ import torch
 from compare import peak_memory, run_each
 
 from data import Tokenizer, render_pairs, steps_of_epochs
-from files import read_jsonl, run_main, whole
+from files import InputError, read_jsonl, run_main, whole
 
 LR = 1e-6
 HEADING = "## Summarization"
@@ -33,6 +33,8 @@ def read_rows(args):
     """[(prompt messages, chosen, rejected)] as pair_of gives them."""
     rows = []
     for _, row in read_jsonl(args.data):
+        if isinstance(row, InputError):
+            raise row
         thought, found, summary = row["response"].partition(HEADING)
         if found and thought.strip() and summary.strip():
             rows.append(([{"role": "user", "content": row["instruction"]}], row["response"], summary.strip()))

@@ -57,7 +57,8 @@ def dpo_task(args, tokenizer):
     pairs, _ = render_pairs(tokenizer, rows, args.max_length or 1024)
     reference = model_module.load_model(args.model, args.device)
     with torch.no_grad():
-        logps = {pair[0]: dpo.pair_logps(reference, collate_pairs([pair]))[0] for pair in pairs}
+        logps = {pair[0]: dpo.pair_logps(reference, train.on_device(collate_pairs([pair]), args.device))[0]
+                 for pair in pairs}
 
     def with_reference(pairs):
         known = [logps[where] for where, *_ in pairs]

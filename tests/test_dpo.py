@@ -1,4 +1,5 @@
 """dpo.py: the losses by hand, beside TRL's and beside two plain models; the reference; the command as users meet it."""
+import hashlib
 import json
 import math
 import os
@@ -264,6 +265,14 @@ def test_gradient_of_a_step_is_that_of_two_plain_models(name):
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
     assert_close(expected, gradients(policy, loss / n), 1e-5)
 
+
+def test_margin_and_accuracy_are_what_the_loss_compares():
+    # log-ratios -10 of 100 tokens and -1 of 2: -0.1 and -0.5 a token, so per token the chosen answer is the better
+    logps, reference, lengths = (torch.tensor([row]) for row in ([-110.0, -10.0], [-100.0, -9.0], [100, 2]))
+    for loss_type, margin in (("ipo", 0.1 * 0.4), ("sigmoid", 0.1 * -9)):
+        found = preference_loss(logps, reference, lengths, loss_type=loss_type)[2]
+        assert found["margin"].item() == pytest.approx(margin) and found["accuracy"] == (margin > 0)
+
 # ----- rows ----------------------------------------------------------------------------------------------------------
 
 
@@ -279,7 +288,8 @@ PROMPT, GOOD, BAD = [said("user", "Who?")], [said("assistant", "The nurse.")], [
      "rejected": BAD},
     {"prompt": "Who?", "chosen": "The nurse.", "rejected": "Nobody."},
     {"instruction": "Who?", "chosen": "The nurse.", "rejected": "Nobody."},
-    {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}])
+    {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD},
+    {"prompt": "Who?", "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}])
 def test_all_kinds_of_pairs_are_read(row):
     assert pair_of(row) == (PROMPT, "The nurse.", "Nobody.")
 
@@ -291,6 +301,7 @@ def test_all_kinds_of_pairs_are_read(row):
     ({"chosen": "yes", "rejected": "no"}, "found no text under instruction or prompt"),
     ({"prompt": "", "chosen": "yes", "rejected": "no"}, "found no text under instruction or prompt"),
     ({"chosen": PROMPT + GOOD, "rejected": [said("user", "What?"), *BAD]}, "differ before their last message"),
+    ({"prompt": "Why?", "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}, "the prompt is not what chosen and"),
     ({"prompt": PROMPT, "chosen": PROMPT, "rejected": BAD}, "chosen has 1 message.s., the last from 'user'"),
     ({"prompt": PROMPT, "chosen": GOOD + GOOD, "rejected": BAD}, "chosen has 2 message.s."),
     ({"prompt": PROMPT + GOOD, "chosen": GOOD, "rejected": BAD}, "after a prompt that ends with the user's"),
@@ -482,8 +493,13 @@ def test_a_reference_of_another_model_is_noticed_before_the_first_step(base, pai
     from safetensors import safe_open
     with safe_open(trained / "reference.safetensors", "pt") as file:
         logps, facts = file.get_tensor("logps"), file.metadata()
-    save_file({"logps": logps + torch.tensor([3.0, 0.0])}, tmp_path / "reference.safetensors", metadata=facts)
-    with pytest.raises(InputError, match=r"off the reference's by .* nats .*; expected at most 0.1"):
+    wrong = logps + torch.tensor([3.0, 0.0])
+    save_file({"logps": wrong}, tmp_path / "reference.safetensors", metadata=facts)
+    with pytest.raises(InputError, match="damaged, or not ours"):  # its SHA-256 says so
+        dpo.main(arguments(base, pairs_file, tmp_path))
+    facts["sha256"] = hashlib.sha256(wrong.numpy().tobytes()).hexdigest()
+    save_file({"logps": wrong}, tmp_path / "reference.safetensors", metadata=facts)
+    with pytest.raises(InputError, match=r"off the reference's by .* nats .*; expected at most 0.3"):
         dpo.main(arguments(base, pairs_file, tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()
     (tmp_path / "reference.safetensors").write_bytes(b"not a tensor")
@@ -544,5 +560,7 @@ def test_an_earlier_run_is_resumed_with_the_same_settings_only(base, pairs_file,
     argv = arguments(base, pairs_file, trained, *TWO_EPOCHS)
     done = command(*argv)
     assert done.returncode == 2 and "holds the checkpoints of an earlier run; expected --resume" in done.stderr
+    before = (trained / "config.json").read_bytes()
     done = command(*argv, "--resume", "--beta", "0.2")
+    assert (trained / "config.json").read_bytes() == before
     assert done.returncode == 2 and "beta was 0.1 and is 0.2" in done.stderr and "Traceback" not in done.stderr

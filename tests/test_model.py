@@ -126,21 +126,31 @@ def test_blocked_attention_is_masked_attention(queries, keys, heads):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
 
 
-def test_blocked_attention_in_bf16_is_as_exact_as_torchs():
-    """How far output and gradients are from fp32's, on strided views as the model makes them."""
-    heads = torch.randn(1, 300, 15, 64, generator=torch.Generator().manual_seed(0)).transpose(1, 2).split([9, 3, 3], 1)
+@pytest.mark.parametrize("sharpness, most", [(1, 0.006), (3, 0.025)])
+def test_blocked_attention_in_bf16_is_as_exact_as_two_bf16_products(sharpness, most):
+    """How far output and gradients are from fp32's, on strided views as the model makes them: with scores of deviation
+    1 at most twice as far as torch's kernel, with sharp ones (9) no further than attention written out in bf16."""
+    heads = torch.randn(1, 300, 15, 64, generator=torch.Generator().manual_seed(0))
+    heads[:, :, :12] *= sharpness
+    heads = heads.transpose(1, 2).split([9, 3, 3], 1)
 
     def outcomes(attention, dtype):
         q, k, v = (x.bfloat16().to(dtype).requires_grad_() for x in heads)
         out = attention(q, k, v)
-        return out, *torch.autograd.grad(out, (q, k, v), heads[0].to(dtype))
+        return out, *torch.autograd.grad(out, (q, k, v), heads[0].to(dtype) / sharpness)
 
     def torchs(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def written_out(q, k, v):
+        scores = q @ k.repeat_interleave(3, 1).mT * 0.125
+        later = torch.ones(300, 300, dtype=torch.bool).triu(1)
+        return scores.masked_fill(later, -torch.inf).softmax(-1) @ v.repeat_interleave(3, 1)
     exact = outcomes(torchs, torch.float32)
-    ours, theirs = ([((found - e).norm() / e.norm()).item() for found, e in zip(outcomes(f, torch.bfloat16), exact)]
-                    for f in (M.causal_attention, torchs))
-    assert all(own < 2 * other for own, other in zip(ours, theirs)), (ours, theirs)
+    ours, theirs, plain = ([((own - e).norm() / e.norm()).item() for own, e in zip(outcomes(f, torch.bfloat16), exact)]
+                           for f in (M.causal_attention, torchs, written_out))
+    assert max(ours) < most and all(own < 1.1 * other for own, other in zip(ours, plain)), (ours, plain)
+    assert sharpness > 1 or all(own < 2 * other for own, other in zip(ours, theirs)), (ours, theirs)
 
 
 def test_norm_and_gate_keep_little_and_lose_nothing():

@@ -285,6 +285,23 @@ def test_metrics_of_undone_steps_and_half_lines_are_dropped(tmp_path):
     train.open_metrics(tmp_path, 2).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
+
+def test_results_of_a_run_whose_first_step_was_skipped(tmp_path):
+    """NaN is written as text, and an empty file has no results."""
+    path = tmp_path / "metrics.jsonl"
+    rows = {"step": 0, "val_loss": "inf"}, {"step": 1, "loss": "nan"}, {"step": 2, "loss": 1.0, "val_loss": 2}
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert train.results_of(tmp_path, ("loss",)) == {"steps": 2, "training loss": "nan → 1.0000",
+                                                     "held-out loss": "inf → 2.0000"}
+    path.write_text("")
+    assert train.results_of(tmp_path, ("loss",)) == {}
+
+
+def test_only_checkpoints_count_as_such(tmp_path):
+    for name in ("step-000010", "step-000002", "step-000010-old", "step-x"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in train.checkpoints_of(tmp_path)] == ["step-000010", "step-000002"]
+
 # ----- signals -------------------------------------------------------------------------------------------------------
 
 
