@@ -13,6 +13,7 @@ Shapes: B batch, T time, S keys seen, D width, H query heads, K key-value heads,
 import contextlib
 import json
 import math
+import platform
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -140,9 +141,12 @@ def copy_weights_(target, source, generator):
 
 
 def has_fast_bf16(device):
-    """Whether bf16 matrix products are native: every current GPU, and CPUs with AVX-512-BF16 or AMX."""
-    return torch.device(device).type != "cpu" or (torch.backends.mkldnn.is_available()
-                                                  and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether bf16 matrix products are native: every current GPU, and CPUs with AVX-512-BF16, AMX or Arm's BF16."""
+    if torch.device(device).type != "cpu":
+        return True
+    if platform.machine() in ("x86_64", "AMD64"):  # oneDNN's own answer is yes for any AVX-512, where it emulates them
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class UpcastLinear(torch.autograd.Function):
@@ -598,7 +602,7 @@ def decoder(model, cache):
             place.copy_(turned_kv)
             q.copy_(turned_q)
             attended = F.scaled_dot_product_attention(grouped_q, k, v)
-            h.add_(torch.mv(to_out, attended.view(-1), out=added))
+            h.add_(torch.mv(to_out, attended.reshape(-1), out=added))
             torch.mv(to_gate_up, rms_norm_vector(h, mlp_norm, eps, zeros), out=gate_up)
             F.silu(gate, inplace=True).mul_(up)
             h.add_(torch.mv(to_down, gate, out=added))

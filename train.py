@@ -51,6 +51,7 @@ from files import (
     read_json,
     read_jsonl,
     remove,
+    return_freed_memory,
     reuse_freed_memory,
     sha256,
     whole,
@@ -389,6 +390,8 @@ def take_step(training, stream, loss_fn, lr, clip, signals):
         refresh_weights(training)
     for grad in training.grads.values():
         grad.zero_()
+    if world.device.type == "cpu":  # after 60 steps of rows of all lengths: 4.1 GB instead of 5.0
+        return_freed_memory()
     training.step += 1
     training.rows += len(rows)
     seconds = time.perf_counter() - began
