@@ -122,8 +122,8 @@ def stochastic_round_(target, source, generator):
         noise = torch.empty((n + 3) // 4, dtype=torch.int64, device=target.device)
         noise = noise.random_(-2**63, None, generator=generator).view(torch.int16)[:n]  # 64 random bits serve 4 weights
         exact = exact.float()
-        bits = exact.view(torch.int32) + (noise.int() & 0xFFFF)
-        rounded.copy_(torch.where(exact == exact, (bits & -0x10000).view(torch.float32), torch.nan))
+        bits = noise.int().bitwise_and_(0xFFFF).add_(exact.view(torch.int32)).bitwise_and_(-0x10000)
+        rounded.copy_(torch.where(exact == exact, bits.view(torch.float32), torch.nan))
 
 
 def add_(total, part):
