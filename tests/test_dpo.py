@@ -400,7 +400,8 @@ def test_the_script_starts():
     done = subprocess.run([sys.executable, ROOT / "dpo.py", "--help"], capture_output=True, text=True)
     shown = " ".join(done.stdout.split())
     for part in ("(default 33,000: the paper's summary)", "(default 1e-07: the authors' code)", "0.1: our choice)",
-                 "(default 16: 16 a GPU in the authors' code, times 1 here)", "6,144: the authors' later runs)"):
+                 "(default 16: 16 a GPU in the authors' code, times 1 here; name it to resume on another number of "
+                 "ranks)", "6,144: the authors' later runs)"):
         assert part in shown
     assert done.returncode == 0
 
