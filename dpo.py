@@ -375,7 +375,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    world, config, tokenizer = open_run(args, answers=2)
+    world, config, tokenizer = open_run(args)
     pairs, held, plan = read_examples(args, world, pair_of, lambda rows: render_pairs(
         tokenizer, rows, args.max_length, on_bad_row=args.on_bad_row))
     if world.rank == 0 and args.inspect:

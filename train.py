@@ -687,9 +687,9 @@ def model_card(name, config, *, source, recipe, files, results):
 # ----- the plan and the flags ----------------------------------------------------------------------------------------
 
 
-def default_budget(world, answers=1):
+def default_budget(world):
     """Tokens of a micro-batch: enough to keep the device busy, few enough to leave it memory."""
-    return 8192 if world.device.type == "cuda" else 1024 * answers
+    return 8192 if world.device.type == "cuda" else 1024
 
 
 def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, fast_bf16=True):
@@ -749,7 +749,7 @@ def add_flags(parser, chosen):
     flag("max_length", whole(2), "tokens of a row; the end of a longer answer is cut")
     flag("val_rows", whole(0), "rows held out (default: 5 %% of the rows, at most 200)")
     flag("micro_tokens", whole(1), "tokens in one forward and backward pass of a rank: memory grows with it, the "
-         "result stays (default 8,192 on a GPU; on a CPU 1,024, for DPO 2,048)")
+         "result stays (default 8,192 on a GPU, 1,024 on a CPU)")
     flag("save_every", whole(0), "steps between checkpoints; 0: only the last (default 200)", default=200)
     flag("keep", whole(1), "checkpoints kept that verify (default 2)", default=2)
     switch("resume", "go on from the newest checkpoint in --out that verifies")
@@ -767,11 +767,8 @@ def add_flags(parser, chosen):
 # ----- a run ---------------------------------------------------------------------------------------------------------
 
 
-def open_run(args, answers=1):
-    """(world, config, tokenizer) of a run with the flags of `add_flags`; InputError for what is seen to be wrong.
-
-    `answers`: how many answers a row holds.
-    """
+def open_run(args):
+    """(world, config, tokenizer) of a run with the flags of `add_flags`; InputError for what is seen to be wrong."""
     out, world = Path(args.out), start(args.device, args.replicate)
     config = LlamaConfig.from_json(Path(args.model) / "config.json")
     tokenizer = Tokenizer.from_dir(args.model)
@@ -781,7 +778,7 @@ def open_run(args, answers=1):
     if not args.resume and not args.dry_run and not args.inspect and checkpoints_of(out / "checkpoints"):
         raise InputError(f"--out {out}: holds the checkpoints of an earlier run; expected --resume to go on, or "
                          "another folder")
-    args.micro_tokens = args.micro_tokens or default_budget(world, answers)
+    args.micro_tokens = args.micro_tokens or default_budget(world)
     return world, config, tokenizer
 
 

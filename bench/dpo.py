@@ -51,7 +51,7 @@ def ours(args, rows, live=False):
     import train
     world, tokenizer = train.start("auto"), Tokenizer.from_dir(args.model)
     pairs, _ = render_pairs(tokenizer, [(f"pair {i}", row) for i, row in enumerate(rows)], args.max_length)
-    budget = args.micro_tokens or train.default_budget(world, answers=2)
+    budget = args.micro_tokens or train.default_budget(world)
     training = train.load_training(args.model, world, checkpoint_above=budget)
     second = dpo.copy_of(training) if live else None
     with tempfile.TemporaryDirectory() as folder:
