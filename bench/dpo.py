@@ -45,8 +45,6 @@ def read_rows(args):
 
 def ours(args, rows, live=False):
     """[loss of each step], seconds, of which the precomputed reference took so many."""
-    import torch._dynamo  # which the first optimizer step would import, in seconds
-
     import dpo
     import train
     world, tokenizer = train.start("auto"), Tokenizer.from_dir(args.model)

@@ -38,7 +38,6 @@ def read_examples(args):
 
 def ours(args, examples):
     """[loss of each step], seconds."""
-
     import train
     from sft import loss_fn
     world = train.start("auto")
