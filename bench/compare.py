@@ -1,4 +1,5 @@
 """What the benches beside TRL share: each side in a process of its own, its peak memory, the results on disk."""
+import argparse
 import json
 import os
 import resource
@@ -8,6 +9,23 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # a first optimizer step would import it, in seconds: that is no side's time
+
+from files import whole
+
+
+def parse_args(description, *, data, steps, batch_size, who, choices, smallest_batch=1):
+    """The command line of such a bench, with its own defaults."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--model", default="models/smollm2-135m-instruct")
+    parser.add_argument("--data", default=data)
+    parser.add_argument("--steps", type=whole(1), default=steps)
+    parser.add_argument("--batch-size", type=whole(smallest_batch), default=batch_size)
+    parser.add_argument("--max-length", type=whole(2), default=1024)
+    parser.add_argument("--micro-tokens", type=whole(1))
+    parser.add_argument("--threads", type=whole(1), default=2)
+    parser.add_argument("--who", nargs="+", default=who, choices=choices)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def run_each(script, args):

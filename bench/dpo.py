@@ -8,7 +8,6 @@ under that heading alone; at most 1,024 tokens. Eight pairs an optimizer step, a
 reference precomputed once, its time counted in ("ours-live": a second model instead). TRL: a live reference, bf16
 autocast on fp32 weights, batches of 1 x 8 accumulated. Times leave out loading and the first import.
 """
-import argparse
 import json
 import os
 import sys
@@ -20,10 +19,10 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
-from compare import peak_memory, run_each
+from compare import parse_args, peak_memory, run_each
 
 from data import Tokenizer, render_pairs, steps_of_epochs
-from files import InputError, read_jsonl, run_main, whole
+from files import InputError, read_jsonl, run_main
 
 LR = 1e-6
 HEADING = "## Summarization"
@@ -120,17 +119,8 @@ def measure(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/smollm2-135m-instruct")
-    parser.add_argument("--data", default="../shared/data/traces.jsonl")
-    parser.add_argument("--steps", type=whole(1), default=2)
-    parser.add_argument("--batch-size", type=whole(1), default=8)
-    parser.add_argument("--max-length", type=whole(2), default=1024)
-    parser.add_argument("--micro-tokens", type=whole(1))
-    parser.add_argument("--threads", type=whole(1), default=2)
-    parser.add_argument("--who", nargs="+", default=["ours", "trl"], choices=["ours", "ours-live", "trl"])
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse_args(__doc__, data="../shared/data/traces.jsonl", steps=2, batch_size=8,
+                      who=["ours", "trl"], choices=["ours", "ours-live", "trl"])
     if args.measure:
         return measure(args)
     results = run_each(__file__, args)

@@ -7,7 +7,6 @@ Both take the first rows of --data in the file's order, 16 an optimizer step, at
 tokens and the same trained ones, a constant rate and no warm-up. TRL: bf16 autocast on fp32 weights, batches of 2 × 8
 accumulated. Tokens are those of the rows: padding does not count. Times leave out loading and the first import.
 """
-import argparse
 import json
 import os
 import sys
@@ -18,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
-from compare import peak_memory, run_each
+from compare import parse_args, peak_memory, run_each
 
 from data import Tokenizer, collate, messages_of, render_rows, split_step
-from files import read_jsonl, run_main, whole
+from files import read_jsonl, run_main
 
 LR = 1e-5
 
@@ -104,17 +103,8 @@ def measure(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/smollm2-135m-instruct")
-    parser.add_argument("--data", default="../shared/data/medquad_sft.jsonl")
-    parser.add_argument("--steps", type=whole(1), default=4)
-    parser.add_argument("--batch-size", type=whole(2), default=16)
-    parser.add_argument("--max-length", type=whole(2), default=1024)
-    parser.add_argument("--micro-tokens", type=whole(1))
-    parser.add_argument("--threads", type=whole(1), default=2)
-    parser.add_argument("--who", nargs="+", default=["ours", "trl"], choices=["ours", "trl", "trl-packing"])
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse_args(__doc__, data="../shared/data/medquad_sft.jsonl", steps=4, batch_size=16,
+                      smallest_batch=2, who=["ours", "trl"], choices=["ours", "trl", "trl-packing"])
     if args.measure:
         return measure(args)
     results = run_each(__file__, args)
