@@ -8,6 +8,7 @@ nothing else. Three rules, each of which others broke (README, "What is trained"
 """
 import hashlib
 import heapq
+import itertools
 import json
 import math
 from collections import Counter
@@ -510,7 +511,8 @@ def split_step(lengths, budget, world=1):
 
     Rows are sorted by length and cut into consecutive parts, so that a part holds rows of similar length and rank r's
     i-th part (number i · world + r) costs about what the other ranks' do. The number of parts is a multiple of
-    `world`; a part may be empty, and a row longer than the budget is a part of its own.
+    `world`; a part may be empty, and a row longer than the budget is a part of its own. The largest comes first: the
+    memory it took then serves the others.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     total = sum(lengths)
@@ -520,8 +522,9 @@ def split_step(lengths, budget, world=1):
         for i in order:  # a row belongs to the part in which its middle falls
             bins[int((before + lengths[i] / 2) * count / total)].append(i)
             before += lengths[i]
-        if all(len(own) <= 1 or sum(lengths[i] for i in own) <= budget for own in bins):
-            return bins
+        sizes = [sum(lengths[i] for i in own) for own in bins]
+        if all(len(own) <= 1 or size <= budget for own, size in zip(bins, sizes)):
+            return [bins[j] for j in sorted(range(count), key=lambda j: -sizes[j])]
         count += world
 
 
@@ -529,25 +532,31 @@ def collate(examples, packed=None):
     """[(where, ids, labels)] -> one micro-batch: a dict of ids and labels [B, T] int64, positions and documents.
 
     Packed, the rows lie one behind the other in a single row [1, sum of lengths]: `documents` are their lengths, for
-    attention within each (train.attend_apart), and `positions` [T] begin at 0 in each. Otherwise the rows lie one below
+    attention within each (model.attend_apart), and `positions` [T] begin at 0 in each. Otherwise the rows lie one below
     the other, padded at their end, where causal attention does not look (documents and positions None). By default
-    packed unless padding adds less than 2 %, for everything outside attention costs by the token.
-    No examples make a micro-batch of one untrained token: a rank without rows takes part in every collective.
+    packed unless padding adds less than 2 %, for everything outside attention costs by the token. B · T is rounded up
+    to a multiple of 8 (packed, the last document grows by that), for with other numbers of rows matrix products lose up
+    to a fifth of their speed. `tokens` counts the rows' own. No examples make a micro-batch of untrained tokens: a rank
+    without rows takes part in every collective.
     """
-    if not examples:
-        examples = [(None, np.zeros(1, np.int32), np.full(1, -100, np.int32))]
-    lengths = [len(ids) for _, ids, _ in examples]
+    lengths = [len(ids) for _, ids, _ in examples] or [1]
     if packed is None:
         packed = len(lengths) * max(lengths) > 1.02 * sum(lengths)
-    if packed:
-        ids, labels = (torch.from_numpy(np.concatenate(part)).long()[None] for part in list(zip(*examples))[1:])
-        positions = torch.cat([torch.arange(n) for n in lengths])
-        return {"ids": ids, "labels": labels, "positions": positions, "documents": lengths}
-    ids, labels = (torch.full((len(lengths), max(lengths)), empty, dtype=torch.long) for empty in (0, -100))
-    for i, (_, own_ids, own_labels) in enumerate(examples):
-        ids[i, :lengths[i]] = torch.from_numpy(own_ids)
-        labels[i, :lengths[i]] = torch.from_numpy(own_labels)
-    return {"ids": ids, "labels": labels, "positions": None, "documents": None}
+    shape = (1, rounded_up(sum(lengths), 8)) if packed else \
+        (len(lengths), rounded_up(max(lengths), 8 // math.gcd(8, len(lengths))))
+    ids, labels = (torch.full(shape, empty, dtype=torch.long) for empty in (0, -100))
+    starts = itertools.accumulate(lengths[:-1], initial=0)
+    for i, (start, n, (_, *own)) in enumerate(zip(starts, lengths, examples)):
+        for whole, part in zip((ids, labels), own):
+            (whole[0, start:start + n] if packed else whole[i, :n]).copy_(torch.from_numpy(part))
+    documents = [*lengths[:-1], lengths[-1] + shape[1] - sum(lengths)] if packed else None
+    positions = torch.cat([torch.arange(n) for n in documents]) if packed else None
+    return {"ids": ids, "labels": labels, "positions": positions, "documents": documents,
+            "tokens": sum(len(ids) for _, ids, _ in examples)}
+
+
+def rounded_up(n, multiple):
+    return n + -n % multiple
 
 
 def collate_pairs(pairs, shared=True):
@@ -560,15 +569,13 @@ def collate_pairs(pairs, shared=True):
 
     The positions of both answers go on from the prompt's, their labels are their own ids, and they must not see each
     other: `documents` is [(length of a prefix, [lengths of what continues it])]. `parts` are the lengths, one after the
-    other, in which the chosen and the rejected answers lie; "lengths" [N, 2] int64 are those of the answers alone.
-    No pairs make a micro-batch of one untrained token. The prompt lies there once at all lengths: on two cores (a pair
-    at a time through SmolLM2, seconds forward and backward, shared and not) prompts of 146 tokens with answers of 240
-    and 70 took 1.00 and 1.15, prompts of 76 with 640 and 140 took 2.03 and 2.08, of 20 with 240 and 70 0.73 and 0.74:
+    other, in which the chosen and rejected answers lie, and of what fills T up as in collate; "lengths" [N, 2] int64
+    are those of the answers alone. No pairs make a micro-batch of untrained tokens. The prompt lies there once at all
+    lengths: on two cores (a pair at a time through SmolLM2, seconds forward and backward, shared and not) prompts of
+    146 tokens with answers of 240 and 70 took 1.00 and 1.15, prompts of 76 with 640 and 140 took 2.03 and 2.08, of 20
+    with 240 and 70 0.73 and 0.74:
     what is saved is the prompt's share of the tokens, and nothing is lost where that is small.
     """
-    if not pairs:
-        return collate([], packed=True) | {"documents": [(0, [1])], "parts": [1],
-                                           "lengths": torch.zeros(0, 2, dtype=torch.long)}
     rows, positions, documents, parts, lengths = [], [], [], [], []
     for _, prompt, *answers in pairs:
         prefix = len(prompt) - 1
@@ -579,6 +586,10 @@ def collate_pairs(pairs, shared=True):
         positions += [torch.arange(len(whole[0][0])), torch.arange(skipped, len(whole[1][0]))]
         documents += [(prefix, [len(answer) for answer in answers])] if shared else [(0, [n]) for n in parts[-2:]]
         lengths.append([len(answer) for answer in answers])
+    tokens = sum(parts)
+    spare = rounded_up(max(1, tokens), 8) - tokens  # a document of its own, in no part
+    rows.append((np.zeros(spare, np.int32), np.full(spare, -100, np.int32)))
     ids, labels = (torch.from_numpy(np.concatenate(part)).long()[None] for part in zip(*rows))
-    return {"ids": ids, "labels": labels, "positions": torch.cat(positions), "documents": documents, "parts": parts,
-            "lengths": torch.tensor(lengths)}
+    return {"ids": ids, "labels": labels, "positions": torch.cat([*positions, torch.arange(spare)]),
+            "documents": documents + [(0, [spare])] * (spare > 0), "parts": [*parts, spare], "tokens": tokens,
+            "lengths": torch.tensor(lengths, dtype=torch.long).view(-1, 2)}

@@ -11,6 +11,8 @@ architecture: Llama 2, 3, 3.1, 3.2, SmolLM2, TinyLlama and their fine-tunes.
 Shapes: B batch, T time, S keys seen, D width, H query heads, K key-value heads, C channels of a head, V vocabulary.
 """
 import contextlib
+import functools
+import itertools
 import json
 import math
 import platform
@@ -106,7 +108,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 
 def slices(tensor):
     """Views of a contiguous tensor, flat, in pieces of the cache's size: what is computed between stays there."""
-    return tensor.view(-1).split(1 << 18 if tensor.device.type == "cpu" else 1 << 24)
+    return tensor.view(-1).split(1 << 17 if tensor.device.type == "cpu" else 1 << 24)
 
 
 def stochastic_round_(target, source, generator):
@@ -116,20 +118,30 @@ def stochastic_round_(target, source, generator):
     exactly that often (arXiv 2502.20566), so the expected value is the fp32 one and a step far smaller than half a unit
     in the last place survives in the mean, where rounding to nearest undoes it always. NaN stays NaN. Works in slices
     of the cache's size, in place; a non-contiguous target is refused. `generator` lives on the device of `target`.
+
+    Drawing is slow on a CPU, so every slice takes the upper half of (the same random 32-bit x) · (its own random odd
+    number) mod 2^32: uniform for each weight, and for two slices as good as independent (multiply-shift hashing,
+    Dietzfelbinger et al. 1997).
     """
-    for rounded, exact in zip(slices(target), slices(source.contiguous())):
-        n = rounded.numel()
-        noise = torch.empty((n + 3) // 4, dtype=torch.int64, device=target.device)
-        noise = noise.random_(-2**63, None, generator=generator).view(torch.int16)[:n]  # 64 random bits serve 4 weights
+    targets, sources = slices(target), slices(source.contiguous())
+    if not targets:
+        return
+    x = draw_int32(len(targets[0]), generator, target.device)
+    factors = draw_int32(len(targets), generator, target.device).bitwise_or_(1)
+    for rounded, exact, factor in zip(targets, sources, factors):
         exact = exact.float()
-        bits = noise.int().bitwise_and_(0xFFFF).add_(exact.view(torch.int32)).bitwise_and_(-0x10000)
-        rounded.copy_(torch.where(exact == exact, bits.view(torch.float32), torch.nan))
+        bits = (x[:len(rounded)] * factor).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+        bits.add_(exact.view(torch.int32)).bitwise_and_(-0x10000)
+        nearby = bits.view(torch.float32)
+        if exact.device.type != "cpu" or not exact.sum().isfinite():  # the question would make a GPU wait
+            nearby = torch.where(exact == exact, nearby, torch.nan)
+        rounded.copy_(nearby)
 
 
-def add_(total, part):
-    """fp32 `total` += `part` of any dtype; without slices torch would first write all of `part` to memory as fp32."""
-    for own, other in zip(slices(total), slices(part.contiguous())):
-        own.add_(other)
+def draw_int32(n, generator, device):
+    """n uniform 32-bit integers, two from each 64 bits drawn."""
+    pairs = torch.empty((n + 1) // 2, dtype=torch.int64, device=device)
+    return pairs.random_(-2**63, None, generator=generator).view(torch.int32)[:n]
 
 
 def copy_weights_(target, source, generator):
@@ -149,29 +161,85 @@ def has_fast_bf16(device):
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-class UpcastLinear(torch.autograd.Function):
-    """x @ weight.T in fp32 with a bf16 weight, for CPUs whose bf16 products are slow (AVX2: 8 times slower than fp32).
+def product(x, weight):
+    """x [..., in] @ weight [out, in].T in the dtype of x.
 
-    bf16 to fp32 is exact, so this is the same product with less rounding. The fp32 copy lives only as long as the
-    product: forward and backward each make their own, and what is saved is the bf16 weight.
+    A bf16 weight meets fp32 x on CPUs whose bf16 products are slow (AVX2: 8 times slower than fp32). bf16 to fp32 is
+    exact, so this is the same product with less rounding; the fp32 copy lives only as long as the product.
     """
+    return F.linear(x, weight.to(x.dtype))
+
+
+def product_gradients(grad, x, weight):
+    """The gradients of `product` for x and for weight, each in the dtype of its own."""
+    return grad @ weight.to(grad.dtype), (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+
+
+class Linear(torch.autograd.Function):
+    """`product`, keeping the weight for backward as it is and not in the dtype of x."""
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.to(x.dtype))
+        return product(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_x = grad @ weight.to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight.to(weight.dtype) if grad_weight is not None else None
+        return product_gradients(grad, *ctx.saved_tensors)
+
+
+class NormLinear(torch.autograd.Function):
+    """product(F.rms_norm(x), weight), keeping x alone: torch would keep the normed x and four steps on the way to it.
+
+    With s = 1 / sqrt(mean(x^2) + eps), n = x s and g the gradient of n w:  d x = s (g w - n mean(g w n)),
+    d w = sum(g n).
+    """
+    @staticmethod
+    def forward(ctx, x, norm, eps, weight):
+        ctx.save_for_backward(x, norm, weight)
+        ctx.eps = eps
+        return product(F.rms_norm(x, x.shape[-1:], norm.to(x.dtype), eps), weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, norm, weight = ctx.saved_tensors
+        norm_exact = norm.float()
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = scale.square_().div_(x.shape[-1]).add_(ctx.eps).rsqrt_()
+        normed = x * scale
+        grad, grad_weight = product_gradients(grad, (normed * norm_exact).to(x.dtype), weight)
+        grad = grad.float()
+        along = grad * normed
+        grad_norm = along.flatten(0, -2).sum(0).to(norm.dtype)
+        mean = (along @ norm_exact).div_(x.shape[-1])[..., None]
+        return grad.mul_(norm_exact).addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype), grad_norm, None, \
+            grad_weight
+
+
+class GatedLinear(torch.autograd.Function):
+    """product(silu(gate) * up, weight) for [gate | up], keeping that alone of the four tensors on the way."""
+    @staticmethod
+    def forward(ctx, gate_up, weight):
+        ctx.save_for_backward(gate_up, weight)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return product(F.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate_up, weight = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        opened = F.silu(gate)
+        grad, grad_weight = product_gradients(grad, opened * up, weight)
+        torch.mul(grad, opened, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
+        return grad_gate_up, grad_weight
 
 
 def linear(x, weight):
-    """x [..., in] @ weight [out, in].T, in the dtype of x (see UpcastLinear when the weight's differs)."""
+    """x [..., in] @ weight [out, in].T, in the dtype of x."""
     if x.dtype != weight.dtype:
-        return UpcastLinear.apply(x, weight)
+        return Linear.apply(x, weight)
     if x.numel() == x.shape[-1]:  # one token: torch's matrix-vector kernel is up to a quarter faster than its mm
         return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
@@ -216,36 +284,85 @@ def rotate(x, cos, sin):
 class BlockedAttention(torch.autograd.Function):
     """Causal attention by matrix products over 128 queries at a time, for bf16 on a CPU.
 
-    scores = q k.T / sqrt(C);  p = softmax(scores);  out = p v. Only [H, 128, keys seen] scores exist at a time and none
-    are kept: backward computes them again. Torch's own kernel multiplies small tiles, which is slow in bf16 (two cores,
-    9 heads, forward and backward: 512 tokens take it 12.6 ms, this 4.5). It keeps the scores in fp32; here they are
-    rounded to bf16, as in any attention written as two bf16 products: in SmolLM2 the output is off by 0.4 % of its
-    norm (torch's: 0.2 %), the gradients of q, k, v by 0.5, 0.6, 0.5 % (0.4, 0.5, 0.5 %).
+    scores = q k.T / sqrt(C);  p = softmax(scores);  out = p v. Only [H, 128, keys seen] scores exist at a time. A short
+    text's p are kept for backward, those of more than KEPT_KEYS keys are computed again, for they grow with the square.
+    Of packed documents (their lengths) each is a text of its own. Torch's own kernel multiplies small tiles, which is
+    slow in bf16 (two cores, 9 heads, forward and backward: 512 tokens take it 12.6 ms, this 3.3). It keeps the scores in
+    fp32; here they are rounded to bf16, as in any attention written as two bf16 products: in SmolLM2 the output is off
+    by 0.4 % of its norm (torch's: 0.2 %), the gradients of q, k, v by 0.5, 0.6, 0.5 % (0.4, 0.5, 0.5 %).
     """
     @staticmethod
-    def forward(ctx, q, k, v):
-        ctx.save_for_backward(q, k, v)
-        shape, q, k, v = q.shape, *BlockedAttention.by_key_head(q, k, v)
-        out = torch.empty_like(q)
-        for block, n, seen in BlockedAttention.blocks(q, k):
-            p = BlockedAttention.weights(q[:, :, block], k[:, :seen])
-            out[:, :, block] = (p @ v[:, :seen]).unflatten(1, (-1, n))
-        return out.view(shape)
+    def forward(ctx, q, k, v, documents=None):
+        ctx.shape, ctx.groups, saved = k.shape, alike(documents) if documents else [None], []
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # time outside, as it goes on
+        for group in ctx.groups:
+            own = BlockedAttention.by_key_head(*(BlockedAttention.gathered(x, group) for x in (q, k, v)))
+            attended, p = BlockedAttention.attend(*own)
+            BlockedAttention.scatter(out, attended, group)
+            saved += [own, p if own[1].shape[1] <= KEPT_KEYS else []]
+        ctx.save_for_backward(*(tensor for part in saved for tensor in part))
+        ctx.sizes = [len(part) for part in saved]
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        saved = ctx.saved_tensors
-        q, k, v = BlockedAttention.by_key_head(*saved)
-        grad = grad.reshape(q.shape)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros(k.shape), torch.zeros(v.shape)  # sums in fp32
+        saved, (B, K, S, C) = iter(ctx.saved_tensors), ctx.shape
+        grads = [grad.new_empty(B, length, heads, C).transpose(1, 2) for length, heads in
+                 ((grad.shape[2], grad.shape[1]), (S, K), (S, K))]
+        for i, group in enumerate(ctx.groups):
+            own, p = (list(itertools.islice(saved, n)) for n in ctx.sizes[2 * i:2 * i + 2])
+            own_grad = BlockedAttention.gathered(grad, group).view(own[0].shape)
+            for whole, part in zip(grads, BlockedAttention.attend_backward(own_grad, *own, p)):
+                BlockedAttention.scatter(whole, part, group)
+        return *grads, None
+
+    @staticmethod
+    def attend(q, k, v):
+        """q [B K, H/K, T, C], k and v [B K, S, C] -> (like q, the p of each block)."""
+        out, weights = torch.empty_like(q), []
         for block, n, seen in BlockedAttention.blocks(q, k):
-            p, grad_out = BlockedAttention.weights(q[:, :, block], k[:, :seen]), grad[:, :, block].flatten(1, 2)
-            grad_v[:, :seen] += p.mT @ grad_out
-            grad_scores = torch._softmax_backward_data(grad_out @ v[:, :seen].mT, p, -1, p.dtype)
-            grad_scores *= q.shape[-1] ** -0.5
-            grad_q[:, :, block] = (grad_scores @ k[:, :seen]).unflatten(1, (-1, n))
-            grad_k[:, :seen] += grad_scores.mT @ q[:, :, block].flatten(1, 2)
-        return tuple(own.to(x.dtype).view(x.shape) for own, x in zip((grad_q, grad_k, grad_v), saved))
+            weights.append(BlockedAttention.weights(q[:, :, block], k[:, :seen]))
+            out[:, :, block] = (weights[-1] @ v[:, :seen]).unflatten(1, (-1, n))
+        return out, weights
+
+    @staticmethod
+    def attend_backward(grad, q, k, v, weights):
+        """The gradients of `attend` for q, k, v; without `weights` they are computed again."""
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros(k.shape), torch.zeros(v.shape)  # sums in fp32
+        scale = q.shape[-1] ** -0.5
+        for i, (block, n, seen) in enumerate(BlockedAttention.blocks(q, k)):
+            own_q, own_grad = q[:, :, block].flatten(1, 2), grad[:, :, block].flatten(1, 2)
+            p = weights[i] if weights else BlockedAttention.weights(q[:, :, block], k[:, :seen])
+            grad_v[:, :seen] += p.mT @ own_grad
+            d = torch._softmax_backward_data(own_grad @ v[:, :seen].mT, p, -1, p.dtype)
+            # beta 0: the first argument is not looked at
+            grad_q[:, :, block] = torch.baddbmm(own_q, d, k[:, :seen], beta=0, alpha=scale).unflatten(1, (-1, n))
+            grad_k[:, :seen] += torch.baddbmm(k[:, :seen], d.mT, own_q, beta=0, alpha=scale)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+    @staticmethod
+    def gathered(x, group):
+        """The documents [(start, length), …] of x [1, heads, T, C], zeros behind the shorter: [documents, heads, n, C].
+
+        Without a group: the whole of x [B, heads, T, C].
+        """
+        if group is None:
+            return x.contiguous()
+        longest = max(n for _, n in group)
+        out = x.new_empty(len(group), x.shape[1], longest + -longest % 8, x.shape[3])
+        for own, (start, n) in zip(out, group):
+            own[:, :n] = x[0, :, start:start + n]
+            own[:, n:] = 0
+        return out
+
+    @staticmethod
+    def scatter(x, part, group):
+        """The way back: writes what `gathered` (and by_key_head) made into x."""
+        if group is None:
+            x.copy_(part.view(x.shape))
+            return
+        for own, (start, n) in zip(part.view(len(group), x.shape[1], -1, x.shape[3]), group):
+            x[0, :, start:start + n] = own[:, :n]
 
     @staticmethod
     def by_key_head(q, k, v):
@@ -264,15 +381,48 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def weights(q, k):
         """The softmax [B K, H/K n, seen] of a block of n queries; the last sees all keys, the one before one fewer."""
-        n, seen = q.shape[2], k.shape[1]
-        hidden = F.pad(torch.full((n, n), -math.inf, dtype=q.dtype).triu(1), (seen - n, 0)).repeat(q.shape[1], 1)
+        hidden = BlockedAttention.hidden(q.shape[2], k.shape[1], q.shape[1], q.dtype)
         return torch.baddbmm(hidden, q.flatten(1, 2), k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=32)
+    def hidden(n, seen, heads, dtype):
+        """[heads n, seen], -inf where a query must not look, 0 elsewhere."""
+        return F.pad(torch.full((n, n), -math.inf, dtype=dtype).triu(1), (seen - n, 0)).repeat(heads, 1)
+
+
+KEPT_KEYS = 512
+
+
+def alike(lengths):
+    """Consecutive documents of these lengths in groups [[(start, length), …], …] that lose little by being padded:
+    at most a quarter is added to attention's products."""
+    groups, start = [[]], 0
+    for n in lengths:
+        together = [*(own for _, own in groups[-1]), n]
+        if len(together) * max(together) ** 2 > 1.25 * sum(own ** 2 for own in together):
+            groups.append([])
+        groups[-1].append((start, n))
+        start += n
+    return groups
+
+
+def blocked(q):
+    """Whether attention goes through BlockedAttention."""
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+def attend_apart(documents, q, k, v):
+    """Causal attention within each of the packed `documents` (lengths): q [1, H, T, C], k and v [1, K, T, C]."""
+    if blocked(q):
+        return BlockedAttention.apply(q, k, v, documents)
+    return torch.cat([causal_attention(*part) for part in zip(*(x.split(documents, 2) for x in (q, k, v)))], 2)
 
 
 def causal_attention(q, k, v):
     """q [B, H, T, C], k and v [B, K, S, C] -> [B, H, T, C]; query i sees the keys up to i + S - T."""
     T, S = q.shape[2], k.shape[2]
-    if T > 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+    if T > 1 and blocked(q):
         return BlockedAttention.apply(q, k, v)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -283,12 +433,34 @@ def causal_attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
+class Embed(torch.autograd.Function):
+    """Rows of a weight that has a `main_grad`, which backward adds to: autograd's own gradient is as large as the
+    weight, nearly all zeros."""
+    @staticmethod
+    def forward(ctx, ids, weight):
+        ctx.save_for_backward(ids)
+        ctx.main_grad = weight.main_grad
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.main_grad.index_add_(0, ctx.saved_tensors[0].flatten(), grad.flatten(0, -2).to(ctx.main_grad.dtype))
+        return None, None
+
+
+def embed(ids, weight):
+    """Rows `ids` of `weight` [V, D]."""
+    return Embed.apply(ids, weight) if hasattr(weight, "main_grad") else F.embedding(ids, weight)
+
+
 class TokenLogps(torch.autograd.Function):
     """log p(label) = logit[label] - logsumexp(logits) in fp32, a block of the vocabulary at a time.
 
-    Never all [N, V] logits exist in fp32. Backward has the logsumexp and computes a block's logits again (up to
-    KEPT_LOGITS are kept instead), writes d logits = grad * (onehot(label) - softmax) over them, and has done with a
-    block of the weight before the next. `keep`: whether there will be a backward pass.
+    Never all [N, V] logits exist in fp32. Kept for backward are the exponentials exp(logit - the row's largest in its
+    block), in the dtype of h, while they are no more than KEPT_LOGITS; else a block's are computed again. From them
+    follow d logits = grad * (onehot(label) - softmax), and backward has done with a block of the weight before the
+    next.
+    `keep`: whether there will be a backward pass.
     """
     @staticmethod
     def forward(ctx, h, weight, labels, keep):
@@ -296,13 +468,13 @@ class TokenLogps(torch.autograd.Function):
         wanted = torch.zeros_like(normalizer)
         ctx.kept = [] if keep and len(h) * len(weight) <= KEPT_LOGITS else None
         for words in TokenLogps.blocks(h, weight):
-            logits = linear(h, weight[words])
-            if ctx.kept is not None:
-                ctx.kept.append(logits)
+            logits = product(h, weight[words])
             own, inside = TokenLogps.within(labels, words)
             wanted = torch.where(inside, logits.gather(-1, own[:, None])[:, 0].float(), wanted)
-            sums = torch.cat([rows.float().logsumexp(-1) for rows in TokenLogps.pieces(logits)])
-            normalizer = torch.logaddexp(normalizer, sums)
+            top, sums = TokenLogps.exponentials_(logits)
+            normalizer = torch.logaddexp(normalizer, top + sums.log())
+            if ctx.kept is not None:
+                ctx.kept.append((logits, top))
         ctx.save_for_backward(h, weight, labels, normalizer)
         return wanted - normalizer
 
@@ -311,24 +483,44 @@ class TokenLogps(torch.autograd.Function):
         h, weight, labels, normalizer = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # they are written over: a second backward pass computes them again
         grad_h = torch.zeros_like(h, dtype=torch.float32)
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        sum_here = getattr(weight, "main_grad", None)  # then no gradient as large as the vocabulary is made
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] and sum_here is None else None
         for words in TokenLogps.blocks(h, weight):
             part = weight[words].to(h.dtype)
-            d = kept.pop(0) if kept else F.linear(h, part)
+            if kept:
+                d, top = kept.pop(0)
+            else:
+                d = F.linear(h, part)
+                top, _ = TokenLogps.exponentials_(d)
             own, inside = TokenLogps.within(labels, words)
-            hit = torch.where(inside, grad, 0)
-            for rows, *column in zip(*(TokenLogps.pieces(x) for x in (d, normalizer, grad, own, hit))):
-                z, g, label, one = (x[:, None] for x in column)
-                rows.copy_(rows.float().sub_(z).exp_().mul_(-g).scatter_add_(-1, label, one))  # then rounded, once
+            factor = -grad * (top - normalizer).exp()
+            # where the label is, p and 1 may nearly cancel: that one is computed in fp32
+            at_label = d.gather(-1, own[:, None])[:, 0] * factor + torch.where(inside, grad, 0)
+            d *= factor.to(d.dtype)[:, None]
+            d.scatter_(-1, own[:, None], at_label.to(d.dtype)[:, None])
             grad_h += d @ part
-            if grad_weight is not None:
+            if sum_here is not None:
+                sum_here[words] += d.T @ h
+            elif grad_weight is not None:
                 grad_weight[words] = d.T @ h
         return grad_h.to(h.dtype), grad_weight, None, None
 
     @staticmethod
+    def exponentials_(logits):
+        """Writes exp(logit - the largest of its row) over logits [N, words]; (the largest, the sum of a row), in fp32.
+        """
+        top, sums = torch.empty(2, len(logits), device=logits.device)
+        for rows, largest, total in zip(*(TokenLogps.pieces(x, logits) for x in (logits, top, sums))):
+            exact = rows.float()
+            torch.amax(exact, -1, out=largest)
+            torch.sum(exact.sub_(largest[:, None]).exp_(), -1, out=total)
+            rows.copy_(exact)
+        return top, sums
+
+    @staticmethod
     def blocks(h, weight):
         """Slices of the vocabulary, each with about as many logits as shall exist at a time."""
-        size = max(1024, block_of_logits(h.device) // len(h))
+        size = max(1024, block_of_logits(h.device) // len(h) // 64 * 64)
         return [slice(start, start + size) for start in range(0, len(weight), size)]
 
     @staticmethod
@@ -338,12 +530,12 @@ class TokenLogps(torch.autograd.Function):
         return torch.where(inside, labels - words.start, 0), inside
 
     @staticmethod
-    def pieces(tensor):
-        """A block cut into rows that stay in a CPU's cache while they are worked on in fp32."""
-        return tensor.split(32 if tensor.device.type == "cpu" else len(tensor))
+    def pieces(tensor, logits):
+        """Rows of `tensor` by as many as of a block's `logits` stay in a CPU's cache while worked on in fp32."""
+        return tensor.split(max(1, (1 << 17) // logits.shape[1]) if tensor.device.type == "cpu" else len(tensor))
 
 
-KEPT_LOGITS = 1 << 26  # 134 MB in bf16, twice that in fp32
+KEPT_LOGITS = 1 << 27
 
 
 def block_of_logits(device):
@@ -355,51 +547,11 @@ def token_logps(h, weight, labels):
     """log p(label) in fp32 for hidden states h [N, D], head weight [V, D], labels [N] (each a real one) -> [N]."""
     if not len(labels):  # the weight must get its gradient of zero here too: FSDP's ranks reduce the same weights
         return linear(h, weight).sum(-1).float()
-    return TokenLogps.apply(h, weight, labels, torch.is_grad_enabled())
+    spare = -len(labels) % 8  # see data.collate
+    h, labels = F.pad(h, (0, 0, 0, spare)), F.pad(labels, (0, spare))
+    return TokenLogps.apply(h, weight, labels, torch.is_grad_enabled())[:len(labels) - spare]
 
 # ----- the model -----------------------------------------------------------------------------------------------------
-
-
-class KeepInputNorm(torch.autograd.Function):
-    """F.rms_norm for a CPU, where torch would keep four intermediates in fp32 for backward: only x is kept here.
-
-    With s = 1 / sqrt(mean(x^2) + eps), n = x s:  d x = s (g w - n mean(g w n)),  d w = sum(g n).
-    """
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        scale = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
-        scale = scale.square_().div_(x.shape[-1]).add_(ctx.eps).rsqrt_()
-        normed, grad = x * scale, grad.float()
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad = grad * weight.float()
-        grad -= normed.mul_((grad * normed).mean(-1, keepdim=True))
-        return grad.mul_(scale).to(x.dtype), grad_weight, None
-
-
-class GatedSiLU(torch.autograd.Function):
-    """silu(gate) * up for [gate | up]; of the three tensors this takes only the first is kept for backward."""
-    @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate_up, = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return grad_gate_up
 
 
 class RMSNorm(nn.Module):
@@ -409,9 +561,13 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, x):
-        if x.device.type == "cpu":
-            return KeepInputNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)  # accumulates in fp32
+
+    def then(self, x, weight):
+        """linear(self(x), weight), on a CPU with little kept for backward; a GPU's own norm keeps little."""
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            return NormLinear.apply(x, self.weight, self.eps, weight)
+        return linear(self(x), weight)
 
 
 class Attention(nn.Module):
@@ -422,8 +578,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.channels, bias=False)
         self.out = nn.Linear(self.heads * self.channels, config.hidden_size, bias=False)
 
-    def forward(self, x, rotary, attend, cache):
-        qkv = linear(x, self.qkv.weight).unflatten(-1, (-1, self.channels))  # [B, T, H + 2K, C]
+    def forward(self, x, norm, rotary, attend, cache):
+        qkv = norm.then(x, self.qkv.weight).unflatten(-1, (-1, self.channels))  # [B, T, H + 2K, C]
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         q, k = rotate(qk, *rotary).split([self.heads, self.kv_heads], dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, C]
@@ -438,8 +594,8 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):
-        return linear(GatedSiLU.apply(linear(x, self.gate_up.weight)), self.down.weight)
+    def forward(self, x, norm):
+        return GatedLinear.apply(norm.then(x, self.gate_up.weight), self.down.weight)
 
 
 class Block(nn.Module):
@@ -455,8 +611,8 @@ class Block(nn.Module):
         return self.compute(h, *context)
 
     def compute(self, h, rotary, attend, cache):
-        h = h + self.attention(self.attention_norm(h), rotary, attend, cache)
-        return h + self.mlp(self.mlp_norm(h))
+        h = h + self.attention(h, self.attention_norm, rotary, attend, cache)
+        return h + self.mlp(h, self.mlp_norm)
 
 
 class Llama(nn.Module):
@@ -506,7 +662,7 @@ class Llama(nn.Module):
             start = cache.length if cache else 0
             positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         rotary = rotary_table(self.config, positions)
-        h = self.embed(ids).to(self.compute_dtype(ids))
+        h = embed(ids, self.embed.weight).to(self.compute_dtype(ids))
         for i, layer in enumerate(self.layers):
             h = layer(h, rotary, attend, cache and cache.layer(i))
         if cache:

@@ -39,7 +39,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import CHAT_TEMPLATES, Tokenizer, draw_rows, random_number, split_step, steps_of_epochs
@@ -59,9 +58,10 @@ from files import (
     written_aside,
 )
 from model import (
+    KEPT_LOGITS,
     Llama,
     LlamaConfig,
-    add_,
+    attend_apart,
     block_of_logits,
     causal_attention,
     check_checkpoint,
@@ -202,6 +202,8 @@ def load_training(directory, world, *, dtype=torch.bfloat16, weight_decay=0.01, 
             grads[name] = torch.zeros_like(masters[name])
             masters[name].grad = grads[name]
             parameter.register_post_accumulate_grad_hook(gradient_hook(grads[name]))
+            if len(own) == config.vocab_size and not world.mesh:  # the embedding and the head add to it themselves
+                parameter.main_grad = grads[name]
     optimizer = torch.optim.AdamW([
         {"params": [m for m in masters.values() if m.dim() > 1], "weight_decay": weight_decay},
         {"params": [m for m in masters.values() if m.dim() == 1], "weight_decay": 0.0},  # norms
@@ -221,8 +223,9 @@ def gradient_hook(total):
     """
     @torch.no_grad()
     def add(parameter):
-        add_(total, local(parameter.grad))
-        parameter.grad = None
+        if parameter.grad is not None:  # it is where backward has added to `main_grad` itself
+            total.add_(local(parameter.grad))
+            parameter.grad = None
     return add
 
 
@@ -264,26 +267,6 @@ def label_logps(model, batch):
     documents = batch["documents"]
     attend = functools.partial(attend_apart, documents) if documents and len(documents) > 1 else causal_attention
     return model(batch["ids"], labels=batch["labels"], positions=batch["positions"], attend=attend)
-
-
-def attend_apart(lengths, q, k, v):
-    """Causal attention within each of the documents of these `lengths`, packed: q [1, H, T, C], k and v [1, K, T, C].
-
-    Neighbours of similar length (split_step sorts them) take part in one call, padded at their end, where causal
-    attention does not look, as long as that adds at most a quarter to the products.
-    """
-    documents, groups = zip(*(x[0].transpose(0, 1).split(lengths) for x in (q, k, v))), [[]]  # [length, heads, C] each
-    for document, n in zip(documents, lengths):
-        together = [*(len(own[0]) for own in groups[-1]), n]
-        if len(together) * max(together) ** 2 > 1.25 * sum(length ** 2 for length in together):
-            groups.append([])
-        groups[-1].append(document)
-    outputs = []
-    for group in groups:
-        padded = (pad_sequence(part, batch_first=True).transpose(1, 2) for part in zip(*group))
-        attended = causal_attention(*padded).transpose(1, 2)  # [documents, longest, H, C]
-        outputs += [own[:len(document[0])] for own, document in zip(attended, group)]
-    return torch.cat(outputs).transpose(0, 1)[None]
 
 # ----- the loop ------------------------------------------------------------------------------------------------------
 
@@ -364,10 +347,10 @@ def take_step(training, stream, loss_fn, lr, clip, signals):
     for batch in micro_batches:
         batch = on_device(batch, world.device)
         for layer in model.layers:
-            layer.checkpointing = batch["ids"].numel() > training.checkpoint_above
+            layer.checkpointing = batch["tokens"] > training.checkpoint_above
         part, n, extra = loss_fn(model, batch)
         part.backward()
-        loss, count, tokens = loss + part.detach().double(), count + n, tokens + batch["ids"].numel()
+        loss, count, tokens = loss + part.detach().double(), count + n, tokens + batch["tokens"]
         for name, value in extra.items():
             sums[name] += value
     squares = sum(torch.linalg.vector_norm(grad).double() ** 2 for grad in training.grads.values())
@@ -689,7 +672,7 @@ def model_card(name, config, *, source, recipe, files, results):
 
 def default_budget(world):
     """Tokens of a micro-batch: enough to keep the device busy, few enough to leave it memory."""
-    return 8192 if world.device.type == "cuda" else 1024
+    return 8192 if world.device.type == "cuda" else 1280
 
 
 def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, fast_bf16=True):
@@ -704,17 +687,18 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
     layer = sum(p.numel() for p in model.layers[0].parameters())
     w, c = (4, 4) if dtype == torch.float32 else (2, 2 if fast_bf16 else 4)
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    block = c * (4 * config.hidden_size + 3 * config.intermediate_size + 4 * (queries + keys))
+    n = 2 if world.device.type == "cpu" else 4  # a GPU keeps what a CPU's norms and attention compute again
+    block = c * (n * config.hidden_size + 2 * config.intermediate_size + n * (queries + keys))
     layers = config.num_hidden_layers
     kept = layers * c * config.hidden_size + block if activation_checkpointing else layers * block
+    logits = min(tokens * config.vocab_size, KEPT_LOGITS)
     parts = {f"state: {16 if w == 4 else 18} × {parameters:,} parameters / {world.shards} shards":
              (16 if w == 4 else 18) * parameters / world.shards,
              f"activations of {tokens:,} tokens: " + ("L · c · D + one layer's" if activation_checkpointing else
-             "L · c · (4 · D + 3 · I + 4 · (H + K) · C)"): tokens * kept,
-             f"logits: 12 bytes × a block of {block_of_logits(world.device):,}": 12 * block_of_logits(world.device)}
-    if world.shards == 1:
-        parts["gradient of the head: w · V · D"] = w * config.vocab_size * config.hidden_size
-    else:
+             f"L · c · ({n} · D + 2 · I + {n} · (H + K) · C)"): tokens * kept,
+             f"logits: c × {logits:,} kept, 12 bytes × a block of {block_of_logits(world.device):,}":
+             c * logits + 12 * block_of_logits(world.device)}
+    if world.size > 1:
         root = parameters - layers * layer
         parts["gathered: embedding and head, two layers, and the gradients of as much"] = 2 * w * (root + 2 * layer)
     return parts
@@ -749,7 +733,7 @@ def add_flags(parser, chosen):
     flag("max_length", whole(2), "tokens of a row; the end of a longer answer is cut")
     flag("val_rows", whole(0), "rows held out (default: 5 %% of the rows, at most 200)")
     flag("micro_tokens", whole(1), "tokens in one forward and backward pass of a rank: memory grows with it, the "
-         "result stays (default 8,192 on a GPU, 1,024 on a CPU)")
+         "result stays (default 8,192 on a GPU, 1,280 on a CPU)")
     flag("save_every", whole(0), "steps between checkpoints; 0: only the last (default 200)", default=200)
     flag("keep", whole(1), "checkpoints kept that verify (default 2)", default=2)
     switch("resume", "go on from the newest checkpoint in --out that verifies")

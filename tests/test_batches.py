@@ -135,9 +135,11 @@ def test_a_step_is_divided_without_loss_within_the_budget(lengths, budget, world
     bins = split_step(lengths, budget, world)
     assert len(bins) % world == 0 and sorted(chain(*bins)) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in own) <= budget or len(own) == 1 for own in bins)
-    order = [lengths[i] for i in chain(*bins)]
+    by_length = sorted(filter(None, bins), key=lambda own: (-lengths[own[0]], own[0]))
+    order = [lengths[i] for i in chain(*by_length)]
     assert order == sorted(order, reverse=True)  # rows of similar length lie together
     loads = [sum(lengths[i] for i in own) for own in bins]
+    assert loads == sorted(loads, reverse=True)
     assert max(loads) <= sum(lengths) / len(bins) + max(lengths)
 
 
@@ -174,12 +176,17 @@ def row(*ids):
 
 
 def test_packed_and_padded_by_hand():
+    """Filled up to 8 tokens, or a multiple, with untrained ones."""
     packed = collate([row(1, 2, 3), row(4, 5)])
-    assert packed["ids"].tolist() == [[1, 2, 3, 4, 5]] and packed["labels"].tolist() == [[2, 3, -100, 5, -100]]
-    assert packed["positions"].tolist() == [0, 1, 2, 0, 1] and packed["documents"] == [3, 2]
+    assert packed["ids"].tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]]
+    assert packed["labels"].tolist() == [[2, 3, -100, 5, -100, -100, -100, -100]]
+    assert packed["positions"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4] and packed["documents"] == [3, 5]
     padded = collate([row(1, 2, 3), row(4, 5)], packed=False)
-    assert padded["ids"].tolist() == [[1, 2, 3], [4, 5, 0]]
-    assert padded["labels"].tolist() == [[2, 3, -100], [5, -100, -100]]
+    assert padded["ids"].tolist() == [[1, 2, 3, 0], [4, 5, 0, 0]]
+    assert padded["labels"].tolist() == [[2, 3, -100, -100], [5, -100, -100, -100]]
+    assert packed["tokens"] == padded["tokens"] == 5
+    assert collate([row(1, 2, 3)] * 3, packed=False)["ids"].shape == (3, 8)
     assert collate([row(1, 2), row(4, 5)])["documents"] is None  # nothing to gain: one length
     empty = collate([])
-    assert empty["ids"].shape == (1, 1) and (empty["labels"] == -100).all() and empty["ids"].dtype == torch.int64
+    assert empty["ids"].shape == (1, 8) and empty["ids"].dtype == torch.int64
+    assert empty["tokens"] == 0 and (empty["labels"] == -100).all()

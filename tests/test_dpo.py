@@ -226,13 +226,17 @@ def test_answers_and_pairs_do_not_see_each_other():
 
 
 def test_a_pair_by_hand():
+    """Filled up to 8 tokens with a document of untrained ones."""
     batch = collate_pairs([("", *(np.array(ids, np.int32) for ids in ([1, 2, 3], [4, 5], [6])))])
-    assert batch["ids"].tolist() == [[1, 2, 3, 4, 3]] and batch["labels"].tolist() == [[-100, -100, 4, 5, 6]]
-    assert batch["positions"].tolist() == [0, 1, 2, 3, 2] and batch["documents"] == [(2, [2, 1])]
-    assert batch["parts"] == [4, 1] and batch["lengths"].tolist() == [[2, 1]]
+    assert batch["ids"].tolist() == [[1, 2, 3, 4, 3, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 4, 5, 6, -100, -100, -100]]
+    assert batch["positions"].tolist() == [0, 1, 2, 3, 2, 0, 1, 2] and batch["documents"] == [(2, [2, 1]), (0, [3])]
+    assert batch["parts"] == [4, 1, 3] and batch["lengths"].tolist() == [[2, 1]] and batch["tokens"] == 5
     two = collate_pairs([("", *(np.array(ids, np.int32) for ids in ([1, 2, 3], [4, 5], [6])))], shared=False)
-    assert two["ids"].tolist() == [[1, 2, 3, 4, 1, 2, 3]] and two["positions"].tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert two["labels"].tolist() == [[-100, -100, 4, 5, -100, -100, 6]] and two["documents"] == [(0, [4]), (0, [3])]
+    assert two["ids"].tolist() == [[1, 2, 3, 4, 1, 2, 3, 0]]
+    assert two["positions"].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    assert two["labels"].tolist() == [[-100, -100, 4, 5, -100, -100, 6, -100]]
+    assert two["documents"] == [(0, [4]), (0, [3]), (0, [1])]
 
 
 def test_a_micro_batch_without_pairs_gives_gradients_of_zero():

@@ -156,18 +156,46 @@ def test_blocked_attention_in_bf16_is_as_exact_as_two_bf16_products(sharpness, m
 def test_norm_and_gate_keep_little_and_lose_nothing():
     """The hand-written backward passes against autograd's through the plain formulas, in fp32 and from bf16 weights."""
     generator = torch.Generator().manual_seed(0)
-    x, gate_up, weight, grad = (torch.randn(shape, generator=generator) for shape in
-                                ((2, 5, 32), (2, 5, 64), (32,), (2, 5, 32)))
-    for w in (weight, weight.bfloat16()):
-        pairs = [(lambda x, w: M.KeepInputNorm.apply(x, w, 1e-5),
-                  lambda x, w: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w, (x, w)),
-                 (M.GatedSiLU.apply, lambda x: F.silu(x[..., :32]) * x[..., 32:], (gate_up,))]
-        for own, plain, inputs in pairs:
+    x, gate_up, norm, weight, grad = (torch.randn(shape, generator=generator) for shape in
+                                      ((2, 5, 32), (2, 5, 64), (32,), (24, 32), (2, 5, 24)))
+    for dtype in (torch.float32, torch.bfloat16):
+        norm, weight = norm.to(dtype), weight.to(dtype)
+        cases = [(lambda x, n, w: M.NormLinear.apply(x, n, 1e-5, w),
+                  lambda x, n, w: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * n @ w.T, (x, norm, weight)),
+                 (M.GatedLinear.apply, lambda x, w: (F.silu(x[..., :32]) * x[..., 32:]) @ w.T, (gate_up, weight))]
+        for own, plain, inputs in cases:
             inputs = [one.clone().requires_grad_() for one in inputs]
-            found, expected = own(*inputs), plain(*inputs)
+            exact = [one.detach().float().requires_grad_() for one in inputs]
+            found, expected = own(*inputs), plain(*exact)
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-            for f, e in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
-                torch.testing.assert_close(f, e, rtol=1e-2 if f.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+            for f, e in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, exact, grad)):
+                torch.testing.assert_close(f.float(), e, rtol=1e-2 if f.dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+
+
+def test_packed_attention_is_that_of_each_document():
+    """Output and gradients, bf16: documents alike in length share a padded product, and nothing of it is seen."""
+    lengths, generator = [150, 140, 139, 60, 7, 1], torch.Generator().manual_seed(0)
+    assert M.alike(lengths) == [[(0, 150), (150, 140), (290, 139)], [(429, 60)], [(489, 7)], [(496, 1)]]
+    heads = torch.randn(1, sum(lengths), 15, 64, generator=generator).bfloat16().requires_grad_()
+    q, k, v = heads.transpose(1, 2).split([9, 3, 3], 1)
+    grad = torch.randn(q.shape, generator=generator).bfloat16()
+    found = M.attend_apart(lengths, q, k, v)
+    expected = torch.cat([M.causal_attention(*(x.contiguous() for x in part)) for part in
+                          zip(*(x.split(lengths, 2) for x in (q, k, v)))], 2)
+    torch.testing.assert_close(found, expected, rtol=1.6e-2, atol=4e-3)
+    for own, other in zip(*(torch.autograd.grad(out, heads, grad, retain_graph=True) for out in (found, expected))):
+        assert (own.float() - other.float()).norm() < 5e-3 * other.float().norm()
+
+
+def test_embedding_and_head_add_to_main_grad_what_autograd_would_give(tmp_path):
+    _, ours = tiny_pair("tied", tmp_path)
+    ids = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(3))
+    ours(ids, labels=ids).sum().backward()
+    expected, ours.embed.weight.grad = ours.embed.weight.grad, None
+    ours.embed.weight.main_grad = torch.ones_like(expected)
+    ours(ids, labels=ids).sum().backward()
+    assert ours.embed.weight.grad is None
+    torch.testing.assert_close(ours.embed.weight.main_grad, expected + 1, rtol=1e-5, atol=1e-5)
 
 
 def test_no_label_at_all_gives_zero_and_a_zero_gradient(tmp_path):
@@ -190,7 +218,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_bf16_weights_on_a_cpu_without_bf16_products_are_computed_in_fp32(tmp_path, monkeypatch):
-    """UpcastLinear: the same as an fp32 model with these weights, forward and backward (gradients rounded to bf16)."""
+    """`product`: the same as an fp32 model with these weights, forward and backward (gradients rounded to bf16)."""
     monkeypatch.setattr(M, "has_fast_bf16", lambda device: False)
     _, ours = tiny_pair("untied, llama3 scaling", tmp_path)
     for parameter in ours.parameters():
@@ -389,16 +417,17 @@ def test_stochastic_rounding_keeps_what_needs_no_rounding_and_infinities():
 
 
 def test_stochastic_rounding_draws_independently_and_repeats_with_its_seed():
-    source = torch.full((100_000,), 1.0 + 2**-8)  # exactly half way
+    n = len(M.slices(torch.empty(10_000_000))[0])
+    source = torch.full((5 * n,), 1.0 + 2**-8)  # exactly half way
     rounded = []
     for seed in (0, 0, 1):
-        target = torch.empty(100_000, dtype=torch.bfloat16)
+        target = torch.empty(5 * n, dtype=torch.bfloat16)
         M.stochastic_round_(target, source, torch.Generator().manual_seed(seed))
         rounded.append(target.float())
     assert torch.equal(rounded[0], rounded[1]) and not torch.equal(rounded[0], rounded[2])
     up = (rounded[0] > 1.0).float() - 0.5
-    for lag in (1, 2, 3, 4, 5, 8, 65536):  # four weights share one 64-bit number; slices are 65,536 long
-        assert abs((up[lag:] * up[:-lag]).mean().item()) < 5 * 0.25 / math.sqrt(100_000 - lag)
+    for lag in (1, 2, 3, 4, 5, 8, n, 2 * n, 3 * n, n + 1):  # two weights share one 64-bit number; slices share them all
+        assert abs((up[lag:] * up[:-lag]).mean().item()) < 5 * 0.25 / math.sqrt(5 * n - lag), lag
 
 # ----- files ---------------------------------------------------------------------------------------------------------
 
