@@ -118,24 +118,32 @@ def stochastic_round_(target, source, generator):
     exactly that often (arXiv 2502.20566), so the expected value is the fp32 one and a step far smaller than half a unit
     in the last place survives in the mean, where rounding to nearest undoes it always. NaN stays NaN. Works in slices
     of the cache's size, in place; a non-contiguous target is refused. `generator` lives on the device of `target`.
+    """
+    round_ = stochastic_rounder(target, generator)
+    for rounded, exact in zip(slices(target), slices(source.contiguous())):
+        round_(rounded, exact)
+
+
+def stochastic_rounder(target, generator):
+    """A function that does `stochastic_round_` for one slice of `target` and its fp32 source, to be called for each.
 
     Drawing is slow on a CPU, so every slice takes the upper half of (the same random 32-bit x) · (its own random odd
     number) mod 2^32: uniform for each weight, and for two slices as good as independent (multiply-shift hashing,
     Dietzfelbinger et al. 1997).
     """
-    targets, sources = slices(target), slices(source.contiguous())
-    if not targets:
-        return
-    x = draw_int32(len(targets[0]), generator, target.device)
-    factors = draw_int32(len(targets), generator, target.device).bitwise_or_(1)
-    for rounded, exact, factor in zip(targets, sources, factors):
+    sizes = [len(part) for part in slices(target)]
+    x = draw_int32(max(sizes, default=0), generator, target.device)
+    factors = iter(draw_int32(len(sizes), generator, target.device).bitwise_or_(1))
+
+    def round_(rounded, exact):
         exact = exact.float()
-        bits = (x[:len(rounded)] * factor).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+        bits = (x[:len(rounded)] * next(factors)).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
         bits.add_(exact.view(torch.int32)).bitwise_and_(-0x10000)
         nearby = bits.view(torch.float32)
         if exact.device.type != "cpu" or not exact.sum().isfinite():  # the question would make a GPU wait
             nearby = torch.where(exact == exact, nearby, torch.nan)
         rounded.copy_(nearby)
+    return round_
 
 
 def draw_int32(n, generator, device):
@@ -287,14 +295,14 @@ class BlockedAttention(torch.autograd.Function):
     scores = q k.T / sqrt(C);  p = softmax(scores);  out = p v. Only [H, 128, keys seen] scores exist at a time. A short
     text's p are kept for backward, those of more than KEPT_KEYS keys are computed again, for they grow with the square.
     Of packed documents (their lengths) each is a text of its own. Torch's own kernel multiplies small tiles, which is
-    slow in bf16 (two cores, 9 heads, forward and backward: 512 tokens take it 12.6 ms, this 3.3). It keeps the scores in
-    fp32; here they are rounded to bf16, as in any attention written as two bf16 products: in SmolLM2 the output is off
-    by 0.4 % of its norm (torch's: 0.2 %), the gradients of q, k, v by 0.5, 0.6, 0.5 % (0.4, 0.5, 0.5 %).
+    slow in bf16 (two cores, 9 heads, forward and backward: 512 tokens take it 12.8 ms, this 4.2). It keeps the scores
+    in fp32; here they are rounded to bf16, as in any attention written as two bf16 products: in SmolLM2 the output is
+    off by 0.4 % of its norm (torch's: 0.2 %), the gradients of q, k, v by 0.5, 0.6, 0.5 % (0.4, 0.5, 0.5 %).
     """
     @staticmethod
     def forward(ctx, q, k, v, documents=None):
         ctx.shape, ctx.groups, saved = k.shape, alike(documents) if documents else [None], []
-        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # time outside, as it goes on
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         for group in ctx.groups:
             own = BlockedAttention.by_key_head(*(BlockedAttention.gathered(x, group) for x in (q, k, v)))
             attended, p = BlockedAttention.attend(*own)

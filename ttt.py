@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from data import Tokenizer, check_unicode, messages_of, question_of, render_chat, stream_text, training_example
 from files import DISCLAIMER, InputError, Parser, number, one_line, read_jsonl, run_main, whole
-from model import generate, load_model, slices, stochastic_round_, stop_ids_of
+from model import generate, load_model, slices, stochastic_rounder, stop_ids_of
 from retrieve import Encoder, Index
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -68,6 +68,7 @@ def make_update(optimizer, lr, generator, eps=1e-8, betas=(0.9, 0.999)):
             state = moments[weight]
             state[0] += 1
         whole = [weight, grad.contiguous(), *(state[1:] if state else ())]
+        round_ = stochastic_rounder(weight, generator) if weight.dtype == torch.bfloat16 else None
         for w, g, *moment in zip(*map(slices, whole)):
             g = g.float()
             if optimizer == "signsgd":
@@ -79,10 +80,10 @@ def make_update(optimizer, lr, generator, eps=1e-8, betas=(0.9, 0.999)):
                 m.lerp_(g, 1 - betas[0])
                 v.lerp_(g * g, 1 - betas[1])
                 step = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
-            if w.dtype == torch.float32:
-                w.sub_(step, alpha=lr)
+            if round_:
+                round_(w, w.float().sub_(step, alpha=lr))
             else:
-                stochastic_round_(w, w.float().sub_(step, alpha=lr), generator)
+                w.sub_(step, alpha=lr)
     return update
 
 
@@ -92,7 +93,9 @@ class NotFinite(Exception):
 
 def example_loss(model, example):
     """Mean cross-entropy of (ids, labels) over its supervised tokens, fp32 scalar."""
-    ids, labels = (torch.tensor([row], device=model.norm.weight.device) for row in example)
+    spare = -len(example[0]) % 8  # see data.collate
+    ids, labels = (torch.tensor([[*row, *[empty] * spare]], device=model.norm.weight.device)
+                   for row, empty in zip(example, (0, -100)))
     return -model(ids, labels=labels).sum() / (labels != -100).sum()
 
 
@@ -103,14 +106,21 @@ def take_steps(model, examples, update, steps):
     """
     first_loss, all_finite = None, torch.ones((), dtype=torch.bool, device=model.norm.weight.device)
 
-    def on_gradient(weight):
+    @torch.no_grad()
+    def use(weight, grad):
         nonlocal all_finite
+        all_finite &= sum(part.float().sum() for part in slices(grad.contiguous())).isfinite()
+        update(weight, grad)
+
+    def on_gradient(weight):
         grad, weight.grad = weight.grad, None
-        with torch.no_grad():
-            all_finite &= sum(part.float().sum() for part in slices(grad.contiguous())).isfinite()
-            update(weight, grad)
+        if grad is not None:  # not the tied one's, below
+            use(weight, grad)
     hooks = [weight.register_post_accumulate_grad_hook(on_gradient) for weight in model.parameters()]
+    head = model.head.weight
     try:
+        if head is model.embed.weight:  # one gradient as large as the vocabulary, not one of each end and their sum
+            head.main_grad = torch.zeros_like(head)
         for example in examples:
             for _ in range(steps):
                 with torch.enable_grad():
@@ -119,12 +129,16 @@ def take_steps(model, examples, update, steps):
                     if value - value != 0:
                         raise NotFinite(f"the loss on the neighbour is {value}")
                     loss.backward()
+                if hasattr(head, "main_grad"):
+                    use(head, head.main_grad)
+                    head.main_grad.zero_()
                 first_loss = value if first_loss is None else first_loss
                 if not all_finite:
                     raise NotFinite("a gradient on the neighbour is not finite")
     finally:
         for hook in hooks:
             hook.remove()
+        vars(head).pop("main_grad", None)
     return first_loss
 
 # ----- snapshot and restore ------------------------------------------------------------------------------------------
