@@ -511,8 +511,8 @@ def split_step(lengths, budget, world=1):
 
     Rows are sorted by length and cut into consecutive parts, so that a part holds rows of similar length and rank r's
     i-th part (number i · world + r) costs about what the other ranks' do. The number of parts is a multiple of
-    `world`; a part may be empty, and a row longer than the budget is a part of its own. The largest comes first: the
-    memory it took then serves the others.
+    `world`; a part may be empty, and a row longer than the budget is a part of its own. The largest come first: the
+    memory they took then serves the others.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     total = sum(lengths)
@@ -524,7 +524,9 @@ def split_step(lengths, budget, world=1):
             before += lengths[i]
         sizes = [sum(lengths[i] for i in own) for own in bins]
         if all(len(own) <= 1 or size <= budget for own, size in zip(bins, sizes)):
-            return [bins[j] for j in sorted(range(count), key=lambda j: -sizes[j])]
+            turns = [range(start, start + world) for start in range(0, count, world)]  # what the ranks do at a time
+            turns.sort(key=lambda turn: -max(sizes[j] for j in turn))
+            return [bins[j] for turn in turns for j in turn]
         count += world
 
 
@@ -540,10 +542,10 @@ def collate(examples, packed=None):
     without rows takes part in every collective.
     """
     lengths = [len(ids) for _, ids, _ in examples] or [1]
+    width, longest = rounded_up(sum(lengths), 8), rounded_up(max(lengths), 8 // math.gcd(8, len(lengths)))
     if packed is None:
-        packed = len(lengths) * max(lengths) > 1.02 * sum(lengths)
-    shape = (1, rounded_up(sum(lengths), 8)) if packed else \
-        (len(lengths), rounded_up(max(lengths), 8 // math.gcd(8, len(lengths))))
+        packed = len(lengths) * longest > 1.02 * width
+    shape = (1, width) if packed else (len(lengths), longest)
     ids, labels = (torch.full(shape, empty, dtype=torch.long) for empty in (0, -100))
     starts = itertools.accumulate(lengths[:-1], initial=0)
     for i, (start, n, (_, *own)) in enumerate(zip(starts, lengths, examples)):
@@ -569,12 +571,12 @@ def collate_pairs(pairs, shared=True):
 
     The positions of both answers go on from the prompt's, their labels are their own ids, and they must not see each
     other: `documents` is [(length of a prefix, [lengths of what continues it])]. `parts` are the lengths, one after the
-    other, in which the chosen and rejected answers lie, and of what fills T up as in collate; "lengths" [N, 2] int64
-    are those of the answers alone. No pairs make a micro-batch of untrained tokens. The prompt lies there once at all
-    lengths: on two cores (a pair at a time through SmolLM2, seconds forward and backward, shared and not) prompts of
-    146 tokens with answers of 240 and 70 took 1.00 and 1.15, prompts of 76 with 640 and 140 took 2.03 and 2.08, of 20
-    with 240 and 70 0.73 and 0.74:
-    what is saved is the prompt's share of the tokens, and nothing is lost where that is small.
+    other, in which the chosen and rejected answers lie, and of what fills T up to a multiple of 8; "lengths" [N, 2]
+    int64 are those of the answers alone. No pairs make a micro-batch of untrained tokens. The prompt lies there once at
+    all lengths: on two cores (a pair at a time through SmolLM2, seconds forward and backward, shared and not) prompts
+    of 146 tokens with answers of 240 and 70 took 1.00 and 1.15, prompts of 76 with 640 and 140 took 2.03 and 2.08, of
+    20 with 240 and 70 0.73 and 0.74: what is saved is the prompt's share of the tokens, and nothing is lost where that
+    is small.
     """
     rows, positions, documents, parts, lengths = [], [], [], [], []
     for _, prompt, *answers in pairs:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from files import InputError, one_line, read_json, require_dir, reuse_freed_memory, written_aside
@@ -128,8 +129,8 @@ def stochastic_rounder(target, generator):
     """A function that does `stochastic_round_` for one slice of `target` and its fp32 source, to be called for each.
 
     Drawing is slow on a CPU, so every slice takes the upper half of (the same random 32-bit x) · (its own random odd
-    number) mod 2^32: uniform for each weight, and for two slices as good as independent (multiply-shift hashing,
-    Dietzfelbinger et al. 1997).
+    number) mod 2^32. That is uniform for each weight, for an odd factor only permutes the 2^32 values; and what two
+    slices take is independent but for the power of two in x, which matters once in 2^16 times.
     """
     sizes = [len(part) for part in slices(target)]
     x = draw_int32(max(sizes, default=0), generator, target.device)
@@ -224,7 +225,7 @@ class NormLinear(torch.autograd.Function):
 
 
 class GatedLinear(torch.autograd.Function):
-    """product(silu(gate) * up, weight) for [gate | up], keeping that alone of the four tensors on the way."""
+    """product(silu(gate) * up, weight) for the input [gate | up]; backward keeps this input and no step on the way."""
     @staticmethod
     def forward(ctx, gate_up, weight):
         ctx.save_for_backward(gate_up, weight)
@@ -275,8 +276,11 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        exact = x.float()
-        return (exact * cos).add_(exact.roll(x.shape[-1] // 2, -1).mul_(sin)).to(x.dtype)
+        exact, swapped = x.float(), torch.empty(x.shape, device=x.device)
+        (x1, x2), (sin1, sin2), (first, second) = (whole.chunk(2, -1) for whole in (exact, sin, swapped))
+        torch.mul(x2, sin1, out=first)
+        torch.mul(x1, sin2, out=second)
+        return swapped.add_(exact * cos).to(x.dtype)  # not addcmul, which rounds once where transformers rounds twice
 
     @staticmethod
     def backward(ctx, grad):
@@ -305,9 +309,9 @@ class BlockedAttention(torch.autograd.Function):
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         for group in ctx.groups:
             own = BlockedAttention.by_key_head(*(BlockedAttention.gathered(x, group) for x in (q, k, v)))
-            attended, p = BlockedAttention.attend(*own)
+            attended, p = BlockedAttention.attend(*own, keep=any(ctx.needs_input_grad) and own[1].shape[1] <= KEPT_KEYS)
             BlockedAttention.scatter(out, attended, group)
-            saved += [own, p if own[1].shape[1] <= KEPT_KEYS else []]
+            saved += [own, p]
         ctx.save_for_backward(*(tensor for part in saved for tensor in part))
         ctx.sizes = [len(part) for part in saved]
         return out
@@ -325,22 +329,24 @@ class BlockedAttention(torch.autograd.Function):
         return *grads, None
 
     @staticmethod
-    def attend(q, k, v):
-        """q [B K, H/K, T, C], k and v [B K, S, C] -> (like q, the p of each block)."""
-        out, weights = torch.empty_like(q), []
+    def attend(q, k, v, keep):
+        """q [B K, H/K, T, C], k and v [B K, S, C] -> (like q, [the p of each block] or [])."""
+        out, kept = torch.empty_like(q), []
         for block, n, seen in BlockedAttention.blocks(q, k):
-            weights.append(BlockedAttention.weights(q[:, :, block], k[:, :seen]))
-            out[:, :, block] = (weights[-1] @ v[:, :seen]).unflatten(1, (-1, n))
-        return out, weights
+            p = BlockedAttention.probabilities(q[:, :, block], k[:, :seen])
+            out[:, :, block] = (p @ v[:, :seen]).unflatten(1, (-1, n))
+            if keep:
+                kept.append(p)
+        return out, kept
 
     @staticmethod
-    def attend_backward(grad, q, k, v, weights):
-        """The gradients of `attend` for q, k, v; without `weights` they are computed again."""
+    def attend_backward(grad, q, k, v, kept):
+        """The gradients of `attend` for q, k, v; what p it has not kept is computed again."""
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros(k.shape), torch.zeros(v.shape)  # sums in fp32
         scale = q.shape[-1] ** -0.5
         for i, (block, n, seen) in enumerate(BlockedAttention.blocks(q, k)):
             own_q, own_grad = q[:, :, block].flatten(1, 2), grad[:, :, block].flatten(1, 2)
-            p = weights[i] if weights else BlockedAttention.weights(q[:, :, block], k[:, :seen])
+            p = kept[i] if kept else BlockedAttention.probabilities(q[:, :, block], k[:, :seen])
             grad_v[:, :seen] += p.mT @ own_grad
             d = torch._softmax_backward_data(own_grad @ v[:, :seen].mT, p, -1, p.dtype)
             # beta 0: the first argument is not looked at
@@ -387,24 +393,27 @@ class BlockedAttention(torch.autograd.Function):
             yield slice(start, stop), stop - start, stop + S - T
 
     @staticmethod
-    def weights(q, k):
-        """The softmax [B K, H/K n, seen] of a block of n queries; the last sees all keys, the one before one fewer."""
-        hidden = BlockedAttention.hidden(q.shape[2], k.shape[1], q.shape[1], q.dtype)
-        return torch.baddbmm(hidden, q.flatten(1, 2), k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)
-
-    @staticmethod
-    @functools.lru_cache(maxsize=32)
-    def hidden(n, seen, heads, dtype):
-        """[heads n, seen], -inf where a query must not look, 0 elsewhere."""
-        return F.pad(torch.full((n, n), -math.inf, dtype=dtype).triu(1), (seen - n, 0)).repeat(heads, 1)
+    def probabilities(q, k):
+        """p [B K, H/K n, seen] of a block of n queries; the last sees all keys, the one before one fewer."""
+        shape = q.shape[2], k.shape[1], q.shape[1], q.dtype
+        mask = short_mask(*shape) if k.shape[1] <= KEPT_KEYS else causal_mask(*shape)
+        return torch.baddbmm(mask, q.flatten(1, 2), k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)
 
 
-KEPT_KEYS = 512
+def causal_mask(n, seen, heads, dtype):
+    """[heads n, seen]: -inf where one of the last n queries must not look, 0 elsewhere."""
+    return F.pad(torch.full((n, n), -math.inf, dtype=dtype).triu(1), (seen - n, 0)).repeat(heads, 1)
+
+
+short_mask = functools.lru_cache(maxsize=32)(causal_mask)  # every layer asks for the same; at most 0.4 MB each
+
+
+KEPT_KEYS = 512  # up to here p takes less memory than the rest of what a layer keeps for backward
 
 
 def alike(lengths):
-    """Consecutive documents of these lengths in groups [[(start, length), …], …] that lose little by being padded:
-    at most a quarter is added to attention's products."""
+    """Consecutive documents of these lengths in groups [[(start, length), …], …] that lose little by being padded to
+    their longest: at most a quarter is added to attention's products."""
     groups, start = [[]], 0
     for n in lengths:
         together = [*(own for _, own in groups[-1]), n]
@@ -421,10 +430,21 @@ def blocked(q):
 
 
 def attend_apart(documents, q, k, v):
-    """Causal attention within each of the packed `documents` (lengths): q [1, H, T, C], k and v [1, K, T, C]."""
+    """Causal attention within each of the packed `documents` (lengths): q [1, H, T, C], k and v [1, K, T, C].
+
+    Those `alike` in length take part in one call, padded at their end, where causal attention does not look.
+    """
+    if sum(documents) != q.shape[2]:
+        raise ValueError(f"documents of {sum(documents)} tokens in a row of {q.shape[2]}")
     if blocked(q):
         return BlockedAttention.apply(q, k, v, documents)
-    return torch.cat([causal_attention(*part) for part in zip(*(x.split(documents, 2) for x in (q, k, v)))], 2)
+    outputs = []
+    for group in alike(documents):
+        padded = [pad_sequence([x[0, :, start:start + n].transpose(0, 1) for start, n in group], batch_first=True)
+                  for x in (q, k, v)]  # [documents, longest, heads, C]
+        attended = causal_attention(*(x.transpose(1, 2) for x in padded))
+        outputs += [own[:, :n] for own, (_, n) in zip(attended, group)]
+    return torch.cat(outputs, 1)[None]
 
 
 def causal_attention(q, k, v):
@@ -452,7 +472,10 @@ class Embed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.main_grad.index_add_(0, ctx.saved_tensors[0].flatten(), grad.flatten(0, -2).to(ctx.main_grad.dtype))
+        rows, places = ctx.saved_tensors[0].unique(return_inverse=True)
+        sums = grad.new_zeros(len(rows), grad.shape[-1], dtype=torch.float32)
+        sums.index_add_(0, places.flatten(), grad.flatten(0, -2).float())
+        ctx.main_grad[rows] += sums  # rounded once, should it be bf16
         return None, None
 
 
@@ -501,11 +524,10 @@ class TokenLogps(torch.autograd.Function):
                 d = F.linear(h, part)
                 top, _ = TokenLogps.exponentials_(d)
             own, inside = TokenLogps.within(labels, words)
-            factor = -grad * (top - normalizer).exp()
-            # where the label is, p and 1 may nearly cancel: that one is computed in fp32
-            at_label = d.gather(-1, own[:, None])[:, 0] * factor + torch.where(inside, grad, 0)
-            d *= factor.to(d.dtype)[:, None]
-            d.scatter_(-1, own[:, None], at_label.to(d.dtype)[:, None])
+            hit, factor = torch.where(inside, grad, 0), -grad * (top - normalizer).exp()
+            for rows, *column in zip(*(TokenLogps.pieces(x, d) for x in (d, factor, own, hit))):
+                f, label, one = (x[:, None] for x in column)
+                rows.copy_(rows.float().mul_(f).scatter_add_(-1, label, one))  # then rounded, once
             grad_h += d @ part
             if sum_here is not None:
                 sum_here[words] += d.T @ h
@@ -675,12 +697,11 @@ class Llama(nn.Module):
             h = layer(h, rotary, attend, cache and cache.layer(i))
         if cache:
             cache.length += ids.shape[1]
-        h = self.norm(h[:, -1:] if last_only else h)
         if labels is None:
-            return linear(h, self.head.weight)
+            return linear(self.norm(h[:, -1:] if last_only else h), self.head.weight)
         wanted = labels != -100
         logps = torch.zeros(labels.shape, device=h.device)
-        return logps.masked_scatter(wanted, token_logps(h[wanted], self.head.weight, labels[wanted]))
+        return logps.masked_scatter(wanted, token_logps(self.norm(h[wanted]), self.head.weight, labels[wanted]))
 
 
 def parameter_count(config):

@@ -58,6 +58,7 @@ from files import (
     written_aside,
 )
 from model import (
+    KEPT_KEYS,
     KEPT_LOGITS,
     Llama,
     LlamaConfig,
@@ -202,8 +203,8 @@ def load_training(directory, world, *, dtype=torch.bfloat16, weight_decay=0.01, 
             grads[name] = torch.zeros_like(masters[name])
             masters[name].grad = grads[name]
             parameter.register_post_accumulate_grad_hook(gradient_hook(grads[name]))
-            if len(own) == config.vocab_size and not world.mesh:  # the embedding and the head add to it themselves
-                parameter.main_grad = grads[name]
+            if world.size == 1 and world.device.type == "cpu" and name in ("embed.weight", "head.weight"):
+                parameter.main_grad = grads[name]  # embedding and head add to it themselves
     optimizer = torch.optim.AdamW([
         {"params": [m for m in masters.values() if m.dim() > 1], "weight_decay": weight_decay},
         {"params": [m for m in masters.values() if m.dim() == 1], "weight_decay": 0.0},  # norms
@@ -223,7 +224,7 @@ def gradient_hook(total):
     """
     @torch.no_grad()
     def add(parameter):
-        if parameter.grad is not None:  # it is where backward has added to `main_grad` itself
+        if parameter.grad is not None:  # None where backward has added to `main_grad` itself
             total.add_(local(parameter.grad))
             parameter.grad = None
     return add
@@ -687,15 +688,19 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
     layer = sum(p.numel() for p in model.layers[0].parameters())
     w, c = (4, 4) if dtype == torch.float32 else (2, 2 if fast_bf16 else 4)
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    n = 2 if world.device.type == "cpu" else 4  # a GPU keeps what a CPU's norms and attention compute again
-    block = c * (n * config.hidden_size + 2 * config.intermediate_size + n * (queries + keys))
+    # a CPU's norms are computed again, and its attention keeps copies, not views of a larger whole, and up to 512 · 512
+    # / 2 probabilities a head
+    on_cpu = world.device.type == "cpu"
+    n = 2 if on_cpu else 4
+    block = c * (n * config.hidden_size + 2 * config.intermediate_size + n * (queries + keys) +
+                 on_cpu * KEPT_KEYS // 2 * config.num_attention_heads)
     layers = config.num_hidden_layers
     kept = layers * c * config.hidden_size + block if activation_checkpointing else layers * block
     logits = min(tokens * config.vocab_size, KEPT_LOGITS)
     parts = {f"state: {16 if w == 4 else 18} × {parameters:,} parameters / {world.shards} shards":
              (16 if w == 4 else 18) * parameters / world.shards,
              f"activations of {tokens:,} tokens: " + ("L · c · D + one layer's" if activation_checkpointing else
-             f"L · c · ({n} · D + 2 · I + {n} · (H + K) · C)"): tokens * kept,
+             f"L · c · ({n} · D + 2 · I + {n} · (H + K) · C{' + 256 · H' if on_cpu else ''})"): tokens * kept,
              f"logits: c × {logits:,} kept, 12 bytes × a block of {block_of_logits(world.device):,}":
              c * logits + 12 * block_of_logits(world.device)}
     if world.size > 1:

@@ -15,10 +15,11 @@ the step 2.357; after a step of 1e-5 on it: fp32 weights 2.157, bf16 rounded to 
 bf16 rounded stochastically 2.157 (all of it). At 5e-5: 1.671, 2.250, 1.671.
 
 Memory: 2 bytes a parameter on the device (the bf16 weights), the gradient of the layer at hand (each is used and freed
-as soon as it is complete), and the activations of one trace; 2 bytes a parameter in host memory (the snapshot).
-`--optimizer adamw` keeps two fp32 moments across the neighbours: 8 bytes a parameter more. By this count an 8B
-model and 2,048 tokens take 16.1 GB of weights, 3.2 GB while the head's gradient is summed in fp32, 0.6 GB for the
-inputs of the layers (they are recomputed from these in backward) and 0.5 GB for a chunk of logits: a 24 GB card.
+as soon as it is complete; on a CPU that of a tied embedding and head is held until both have added to it), and the
+activations of one trace; 2 bytes a parameter in host memory (the snapshot). `--optimizer adamw` keeps two fp32 moments
+across the neighbours: 8 bytes a parameter more. By this count an 8B model and 2,048 tokens take 16.1 GB of weights,
+1.1 GB for the head's gradient, 0.6 GB for the inputs of the layers (they are recomputed from these in backward) and
+0.9 GB for logits: a 24 GB card.
 
     python ttt.py --question "…"                                    one question
     python ttt.py --questions FILE.jsonl --out ANSWERS.jsonl        many; run again to go on where it stopped
@@ -100,7 +101,7 @@ def example_loss(model, example):
 
 
 def take_steps(model, examples, update, steps):
-    """`steps` updates on each example in turn; each gradient is used and dropped as soon as it is complete.
+    """`steps` updates on each example in turn; a gradient is used and dropped as soon as it is complete.
 
     Returns the loss on the first example before any step. NotFinite when a loss or gradient is not a finite number.
     """
@@ -118,8 +119,9 @@ def take_steps(model, examples, update, steps):
             use(weight, grad)
     hooks = [weight.register_post_accumulate_grad_hook(on_gradient) for weight in model.parameters()]
     head = model.head.weight
+    own_sum = head is model.embed.weight and head.device.type == "cpu"
     try:
-        if head is model.embed.weight:  # one gradient as large as the vocabulary, not one of each end and their sum
+        if own_sum:  # one gradient as large as the vocabulary, not one of each end and their sum
             head.main_grad = torch.zeros_like(head)
         for example in examples:
             for _ in range(steps):
@@ -129,7 +131,7 @@ def take_steps(model, examples, update, steps):
                     if value - value != 0:
                         raise NotFinite(f"the loss on the neighbour is {value}")
                     loss.backward()
-                if hasattr(head, "main_grad"):
+                if own_sum:
                     use(head, head.main_grad)
                     head.main_grad.zero_()
                 first_loss = value if first_loss is None else first_loss
@@ -179,6 +181,7 @@ class Snapshot:
                 tensor.copy_(self.weights[name])
         for name, weight in self.model.named_parameters():
             weight.grad = None
+            vars(weight).pop("main_grad", None)
             weight.requires_grad_(self.requires_grad[name])
         for module, (training, checkpointing) in self.modes.items():
             module.training = training

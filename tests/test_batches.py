@@ -139,7 +139,12 @@ def test_a_step_is_divided_without_loss_within_the_budget(lengths, budget, world
     order = [lengths[i] for i in chain(*by_length)]
     assert order == sorted(order, reverse=True)  # rows of similar length lie together
     loads = [sum(lengths[i] for i in own) for own in bins]
-    assert loads == sorted(loads, reverse=True)
+    turns = [max(loads[i:i + world]) for i in range(0, len(loads), world)]
+    assert turns == sorted(turns, reverse=True)
+    order = [own for own in by_length if own]
+    for i in range(0, len(bins), world):  # the ranks work on neighbours at a time: rows of about one length
+        places = sorted(order.index(own) for own in bins[i:i + world] if own)
+        assert not places or places[-1] - places[0] < world
     assert max(loads) <= sum(lengths) / len(bins) + max(lengths)
 
 
@@ -177,7 +182,7 @@ def row(*ids):
 
 def test_packed_and_padded_by_hand():
     """Filled up to 8 tokens, or a multiple, with untrained ones."""
-    packed = collate([row(1, 2, 3), row(4, 5)])
+    packed = collate([row(1, 2, 3), row(4, 5)], packed=True)
     assert packed["ids"].tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]]
     assert packed["labels"].tolist() == [[2, 3, -100, 5, -100, -100, -100, -100]]
     assert packed["positions"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4] and packed["documents"] == [3, 5]
@@ -187,6 +192,7 @@ def test_packed_and_padded_by_hand():
     assert packed["tokens"] == padded["tokens"] == 5
     assert collate([row(1, 2, 3)] * 3, packed=False)["ids"].shape == (3, 8)
     assert collate([row(1, 2), row(4, 5)])["documents"] is None  # nothing to gain: one length
+    assert collate([row(*range(9))] * 7)["ids"].shape == (1, 64)  # 7 rows would be of 16
     empty = collate([])
     assert empty["ids"].shape == (1, 8) and empty["ids"].dtype == torch.int64
     assert empty["tokens"] == 0 and (empty["labels"] == -100).all()

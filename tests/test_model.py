@@ -90,7 +90,8 @@ def test_label_logps_equal_the_full_softmax_and_so_do_the_gradients(tmp_path, mo
     labels[:, :15] = -100
     full = ours(ids).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
     expected = torch.autograd.grad(full.sum(), ours.parameters())
-    for size in (300, 7):  # one block of the vocabulary; many
+    for size, kept in ((300, 2**27), (7, 2**27), (7, 0)):  # one block of the vocabulary; many; computed again
+        monkeypatch.setattr(M, "KEPT_LOGITS", kept)
         blocks = [slice(start, start + size) for start in range(0, 300, size)]
         monkeypatch.setattr(M.TokenLogps, "blocks", staticmethod(lambda h, weight, blocks=blocks: blocks))
         logps = ours(ids, labels=labels)
@@ -110,9 +111,12 @@ def test_a_confident_token_keeps_its_small_gradient_in_bf16():
     assert h.grad.item() == pytest.approx(2.125 * missing, rel=0.02)
 
 
+@pytest.mark.parametrize("kept_keys", [512, 0])
 @pytest.mark.parametrize("queries, keys, heads", [(300, 300, 9), (1, 1, 3), (128, 128, 3), (50, 300, 6), (129, 130, 3)])
-def test_blocked_attention_is_masked_attention(queries, keys, heads):
-    """Output and gradients in fp32 against one softmax over all scores; 3 key-value heads."""
+def test_blocked_attention_is_masked_attention(queries, keys, heads, kept_keys, monkeypatch):
+    """Output and gradients in fp32 against one softmax over all scores; 3 key-value heads; p kept and computed again.
+    """
+    monkeypatch.setattr(M, "KEPT_KEYS", kept_keys)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, n, length, 16, generator=generator).requires_grad_()
                for n, length in ((heads, queries), (3, keys), (3, keys)))
@@ -168,23 +172,50 @@ def test_norm_and_gate_keep_little_and_lose_nothing():
             exact = [one.detach().float().requires_grad_() for one in inputs]
             found, expected = own(*inputs), plain(*exact)
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-            for f, e in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, exact, grad)):
+            gradients = torch.autograd.grad(expected, exact, grad)
+            for f, e in zip(torch.autograd.grad(found, inputs, grad), gradients):
                 torch.testing.assert_close(f.float(), e, rtol=1e-2 if f.dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+            if dtype == torch.bfloat16:  # all in bf16, as it is computed where bf16 is fast
+                inputs = [one.detach().bfloat16().requires_grad_() for one in inputs]
+                found = own(*inputs)
+                assert (found.float() - expected).norm() < 0.01 * expected.norm()
+                for f, e in zip(torch.autograd.grad(found, inputs, grad.bfloat16()), gradients):
+                    assert (f.float() - e).norm() < 0.01 * e.norm()
 
 
-def test_packed_attention_is_that_of_each_document():
-    """Output and gradients, bf16: documents alike in length share a padded product, and nothing of it is seen."""
+def test_the_head_in_bf16_rounds_d_logits_once():
+    """Against double precision, with logits that are exact in bf16: no error is left but the gradients' own rounding."""
+    generator = torch.Generator().manual_seed(0)
+    weight, h = (torch.randint(-4, 5, (n, 8), generator=generator) / 4 for n in (4096, 64))
+    labels, grad = torch.randint(0, 4096, (64,), generator=generator), torch.rand(64, generator=generator) + 0.5
+    own = [x.bfloat16().requires_grad_() for x in (h, weight)]
+    exact = [x.double().requires_grad_() for x in (h, weight)]
+    expected = (exact[0] @ exact[1].T).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    found = M.token_logps(*own, labels)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    for f, e in zip(torch.autograd.grad(found, own, grad), torch.autograd.grad(expected, exact, grad.double())):
+        assert (f.double() - e).norm() < 3e-3 * e.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept_keys", [512, 145])
+def test_packed_attention_is_that_of_each_document(dtype, kept_keys, monkeypatch):
+    """Output and gradients: documents alike in length share a padded product, and nothing of it is seen."""
+    monkeypatch.setattr(M, "KEPT_KEYS", kept_keys)
     lengths, generator = [150, 140, 139, 60, 7, 1], torch.Generator().manual_seed(0)
     assert M.alike(lengths) == [[(0, 150), (150, 140), (290, 139)], [(429, 60)], [(489, 7)], [(496, 1)]]
-    heads = torch.randn(1, sum(lengths), 15, 64, generator=generator).bfloat16().requires_grad_()
+    heads = torch.randn(1, sum(lengths), 15, 64, generator=generator).to(dtype).requires_grad_()
     q, k, v = heads.transpose(1, 2).split([9, 3, 3], 1)
-    grad = torch.randn(q.shape, generator=generator).bfloat16()
+    grad = torch.randn(q.shape, generator=generator).to(dtype)
     found = M.attend_apart(lengths, q, k, v)
     expected = torch.cat([M.causal_attention(*(x.contiguous() for x in part)) for part in
                           zip(*(x.split(lengths, 2) for x in (q, k, v)))], 2)
-    torch.testing.assert_close(found, expected, rtol=1.6e-2, atol=4e-3)
+    small = {torch.float32: 1e-5, torch.bfloat16: 5e-3}[dtype]
+    assert (found.float() - expected.float()).norm() < small * expected.float().norm()
     for own, other in zip(*(torch.autograd.grad(out, heads, grad, retain_graph=True) for out in (found, expected))):
-        assert (own.float() - other.float()).norm() < 5e-3 * other.float().norm()
+        assert (own.float() - other.float()).norm() < small * other.float().norm()
+    with pytest.raises(ValueError, match="documents of 496 tokens in a row of 497"):
+        M.attend_apart(lengths[:-1], q, k, v)
 
 
 def test_embedding_and_head_add_to_main_grad_what_autograd_would_give(tmp_path):

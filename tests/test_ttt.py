@@ -28,8 +28,8 @@ CONFIG = M.LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_
                        tie_word_embeddings=True)
 
 
-def tiny(dtype=torch.bfloat16, seed=0):
-    return M.Llama(CONFIG).to(dtype).init_weights(seed).eval()
+def tiny(dtype=torch.bfloat16, seed=0, tied=True):
+    return M.Llama(replace(CONFIG, tie_word_embeddings=tied)).to(dtype).init_weights(seed).eval()
 
 
 def tiny_examples(n=2, length=24):
@@ -51,10 +51,11 @@ def same(model, before):
 
 # ----- the update ----------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("optimizer", ["signsgd", "adamw", "sgd"])
-def test_fp32_steps_equal_torch_optimizers(optimizer):
+def test_fp32_steps_equal_torch_optimizers(optimizer, tied):
     """Two steps on each of two examples, against torch.optim on an independently computed loss."""
-    ours, theirs = tiny(torch.float32), tiny(torch.float32)
+    ours, theirs = tiny(torch.float32, tied=tied), tiny(torch.float32, tied=tied)
     if optimizer == "sgd":
         reference = torch.optim.SGD(theirs.parameters(), lr=1e-4)
     for ids, labels in tiny_examples():
@@ -96,6 +97,7 @@ def test_gradients_are_gone_before_the_next_is_complete():
         alive.append(sum(parameter.grad is not None for parameter in model.parameters()))
     ttt.take_steps(model, tiny_examples(1), update, 1)
     assert alive == [0] * len(list(model.parameters()))
+    assert not hasattr(model.embed.weight, "main_grad")  # the only one held longer: both ends of it add up there
 
 
 def test_the_step_survives_in_the_real_model_and_rounding_to_nearest_would_lose_it(smollm2, monkeypatch):
@@ -221,7 +223,8 @@ def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, old_handler)
     assert left == [point] and same(model, before) and model.unusable is None
-    assert all(parameter.grad is None and not parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    assert all(parameter.grad is None and not parameter._post_accumulate_grad_hooks and
+               not hasattr(parameter, "main_grad") for parameter in model.parameters())
     monkeypatch.undo()
     with ttt.adapted(model, tiny_examples(1)) as report:  # and it still works
         assert report.applied
