@@ -184,7 +184,7 @@ def test_norm_and_gate_keep_little_and_lose_nothing():
 
 
 def test_the_head_in_bf16_rounds_d_logits_once():
-    """Against double precision, with logits that are exact in bf16: no error is left but the gradients' own rounding."""
+    """Against double precision, with logits that are exact in bf16: only the gradients are rounded."""
     generator = torch.Generator().manual_seed(0)
     weight, h = (torch.randint(-4, 5, (n, 8), generator=generator) / 4 for n in (4096, 64))
     labels, grad = torch.randint(0, 4096, (64,), generator=generator), torch.rand(64, generator=generator) + 0.5
