@@ -247,7 +247,7 @@ def reference_facts(args, world, tokenizer, pairs, files):
             "data": [one["sha256"] for one in files],
             "template": digest([repr(rendered).encode()]),
             "pairs": digest(len(ids).to_bytes(8, "big") + ids.tobytes() for _, *parts in pairs for ids in parts),
-            "max_length": args.max_length, 
+            "max_length": args.max_length,
             "seed": args.seed, "shards": world.shards,  # these two round weights stored in more than bf16
             "dtype": args.dtype + ("" if has_fast_bf16(world.device) else ", computed in fp32")}
 

@@ -309,6 +309,18 @@ def test_memory_of_eight_billion_parameters_over_eight_gpus():
     assert activations == pytest.approx(8192 * 2 * (32 * 4096 + 4 * 4096 + 2 * 14336 + 4 * 5120), rel=1e-6)
 
 
+def test_the_readmes_table_of_what_a_gpu_needs():
+    rows = [line.split("|")[2:4] for line in (ROOT / "README.md").read_text().splitlines() if line.count("|") == 4]
+    rows = [cells for cells in rows if all(cell.endswith(" GB ") for cell in cells)]
+    assert len(rows) == 4
+    for row, (ranks_, shards) in zip(rows, [(1, 1), (8, 8), (16, 8), (16, 16)]):
+        world = train.World(0, ranks_, torch.device("cuda"), shards=shards)
+        for cell, recompute in zip(row, (False, True)):
+            parts = train.expected_memory(M.LlamaConfig(), world, dtype=torch.bfloat16, tokens=8192,
+                                          activation_checkpointing=recompute)
+            assert cell.strip() == f"{sum(parts.values()) / 1e9:.0f} GB", (ranks_, shards, recompute)
+
+
 def test_readme_paths_of_the_chain():
     for stage, following in zip(["1", "2", "3"], ["2", "3", "cold-start"]):
         assert sft.STAGES[following]["model"][0] == str(Path(sft.STAGES[stage]["out"][0]) / "model")
