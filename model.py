@@ -305,15 +305,15 @@ class BlockedAttention(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, q, k, v, documents=None):
-        ctx.shape, ctx.groups, saved = k.shape, alike(documents) if documents else [None], []
+        ctx.shape, ctx.groups, ctx.kept, saved = k.shape, alike(documents) if documents else [None], [], []
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         for group in ctx.groups:
             own = BlockedAttention.by_key_head(*(BlockedAttention.gathered(x, group) for x in (q, k, v)))
             attended, p = BlockedAttention.attend(*own, keep=any(ctx.needs_input_grad) and own[1].shape[1] <= KEPT_KEYS)
             BlockedAttention.scatter(out, attended, group)
-            saved += [own, p]
-        ctx.save_for_backward(*(tensor for part in saved for tensor in part))
-        ctx.sizes = [len(part) for part in saved]
+            ctx.kept.append(len(p))
+            saved += [*own, *p]
+        ctx.save_for_backward(*saved)
         return out
 
     @staticmethod
@@ -321,8 +321,8 @@ class BlockedAttention(torch.autograd.Function):
         saved, (B, K, S, C) = iter(ctx.saved_tensors), ctx.shape
         grads = [grad.new_empty(B, length, heads, C).transpose(1, 2) for length, heads in
                  ((grad.shape[2], grad.shape[1]), (S, K), (S, K))]
-        for i, group in enumerate(ctx.groups):
-            own, p = (list(itertools.islice(saved, n)) for n in ctx.sizes[2 * i:2 * i + 2])
+        for group, kept in zip(ctx.groups, ctx.kept):
+            own, p = (list(itertools.islice(saved, n)) for n in (3, kept))  # q, k, v
             own_grad = BlockedAttention.gathered(grad, group).view(own[0].shape)
             for whole, part in zip(grads, BlockedAttention.attend_backward(own_grad, *own, p)):
                 BlockedAttention.scatter(whole, part, group)
@@ -565,7 +565,7 @@ class TokenLogps(torch.autograd.Function):
         return tensor.split(max(1, (1 << 17) // logits.shape[1]) if tensor.device.type == "cpu" else len(tensor))
 
 
-KEPT_LOGITS = 1 << 27
+KEPT_LOGITS = 1 << 27  # 0.27 GB in bf16
 
 
 def block_of_logits(device):

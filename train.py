@@ -549,14 +549,6 @@ def remove_old_checkpoints(folder, keep):
             good += 1
 
 
-def resume(training, folder, facts=None):
-    """Fills `training` from the newest checkpoint in `folder` that verifies; False if there is none."""
-    found = checkpoint_to_resume(training.world, folder, facts or {})
-    if found:
-        load_checkpoint(training, *found)
-    return bool(found)
-
-
 def checkpoint_to_resume(world, folder, facts):
     """(path, its numbers) of the newest checkpoint in `folder` that verifies, on every rank; None if there is none.
 
@@ -688,19 +680,18 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
     layer = sum(p.numel() for p in model.layers[0].parameters())
     w, c = (4, 4) if dtype == torch.float32 else (2, 2 if fast_bf16 else 4)
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # a CPU's norms are computed again, and its attention keeps copies, not views of a larger whole, and up to 512 · 512
-    # / 2 probabilities a head
-    on_cpu = world.device.type == "cpu"
-    n = 2 if on_cpu else 4
+    # a CPU's norms are computed again; its attention keeps copies, not views of a larger whole, and at most this many
+    # probabilities a head and token (half of them are hidden)
+    n, p = (2, KEPT_KEYS // 2) if world.device.type == "cpu" else (4, 0)
     block = c * (n * config.hidden_size + 2 * config.intermediate_size + n * (queries + keys) +
-                 on_cpu * KEPT_KEYS // 2 * config.num_attention_heads)
+                 p * config.num_attention_heads)
     layers = config.num_hidden_layers
     kept = layers * c * config.hidden_size + block if activation_checkpointing else layers * block
     logits = min(tokens * config.vocab_size, KEPT_LOGITS)
     parts = {f"state: {16 if w == 4 else 18} × {parameters:,} parameters / {world.shards} shards":
              (16 if w == 4 else 18) * parameters / world.shards,
              f"activations of {tokens:,} tokens: " + ("L · c · D + one layer's" if activation_checkpointing else
-             f"L · c · ({n} · D + 2 · I + {n} · (H + K) · C{' + 256 · H' if on_cpu else ''})"): tokens * kept,
+             f"L · c · ({n} · D + 2 · I + {n} · (H + K) · C{f' + {p} · H' if p else ''})"): tokens * kept,
              f"logits: c × {logits:,} kept, 12 bytes × a block of {block_of_logits(world.device):,}":
              c * logits + 12 * block_of_logits(world.device)}
     if world.size > 1:

@@ -226,10 +226,18 @@ def test_an_8b_model_is_cut_before_it_takes_memory():
 # ----- resuming ------------------------------------------------------------------------------------------------------
 
 
+def resume(training, folder, facts=None):
+    """What `train.run` does of a resume; whether there was a checkpoint to resume from."""
+    found = train.checkpoint_to_resume(training.world, folder, facts or {})
+    if found:
+        train.load_checkpoint(training, *found)
+    return bool(found)
+
+
 def run(folder, out, steps, kill_after=None, dtype="bf16", save_every=1, options=None):
     """fit to `steps`, resuming what is there; SIGKILL to itself when step `kill_after` is saved and the next begun."""
     world, training = begin(folder, dtype)
-    train.resume(training, Path(out) / "checkpoints")
+    resume(training, Path(out) / "checkpoints")
 
     def lethal(model, batch):
         if training.step == kill_after:
@@ -277,7 +285,7 @@ def test_resume_refuses_another_run(tiny, tmp_path):
     training = train.load_training(tiny, train.World(0, 1, torch.device("cpu")))
     train.save_checkpoint(training, tmp_path, facts={"lr": 1e-5})
     with pytest.raises(InputError, match=r"step-000000: made with other settings: lr was 1e-05 and is 3e-05"):
-        train.resume(training, tmp_path, {"lr": 3e-5})
+        resume(training, tmp_path, {"lr": 3e-5})
 
 
 def test_metrics_of_undone_steps_and_half_lines_are_dropped(tmp_path):
@@ -394,7 +402,7 @@ def test_damaged_checkpoints_are_passed_over_and_do_not_count(tiny, tmp_path, ca
     assert len(train.checkpoints_of(tmp_path)) == 3  # 4 and 2 verify, 3 stays between them
     (tmp_path / "step-000004/.metadata").unlink()
     training = single(tiny)
-    assert train.resume(training, tmp_path) and training.step == 2
+    assert resume(training, tmp_path) and training.step == 2
     assert all((master == 2).all() for master in training.masters.values())
     printed = capsys.readouterr().err
     assert "passed over" in printed and ".metadata is missing" in printed and "state.json is damaged" in printed
@@ -411,7 +419,7 @@ def test_every_single_byte_corruption_is_found(tiny, tmp_path):
         good = path.read_bytes()
         path.write_bytes(content)
         assert train.fault_of(folder), path.name
-        assert not train.resume(single(tiny), tmp_path)
+        assert not resume(single(tiny), tmp_path)
         path.write_bytes(good)
     assert train.fault_of(folder) is None
 
@@ -487,7 +495,7 @@ def sweep(tiny, folder, kinds, points):
             shutil.copytree(folder / "first", target)
             run_ranks(1, save_with_fault, tiny, target, n, kind)
             training = single(tiny)
-            assert train.resume(training, target), (n, kind)
+            assert resume(training, target), (n, kind)
             assert training.step in (1, 2)
             assert all((master == training.step).all() for master in training.masters.values()), (n, kind)
             outcomes.add(training.step)
