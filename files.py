@@ -55,12 +55,11 @@ def run_main(main):
 
 
 def reuse_freed_memory():
-    """Tells glibc to keep large freed blocks for the next tensor, and torch to ask for pages of 2 MB: call it first.
+    """Tells glibc to keep large freed blocks for the next tensor; call it before the first one.
 
     Otherwise every activation is mapped, faulted in by pages of 4 KB and unmapped again: on two cores that took longer
     than the arithmetic of a small model. Elsewhere (macOS, musl) nothing happens.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor
     # oneDNN keeps the code it made for each shape of a product, 1,024 of them: 0.7 GB when rows come in all lengths
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -128,9 +128,10 @@ def stochastic_round_(target, source, generator):
 def stochastic_rounder(target, generator):
     """A function that does `stochastic_round_` for one slice of `target` and its fp32 source, to be called for each.
 
-    Drawing is slow on a CPU, so every slice takes the upper half of (the same random 32-bit x) · (its own random odd
-    number) mod 2^32. That is uniform for each weight, for an odd factor only permutes the 2^32 values; and what two
-    slices take is independent but for the power of two in x, which matters once in 2^16 times.
+    It returns whether that source is finite throughout. Drawing is slow on a CPU, so every slice takes the upper half
+    of (the same random 32-bit x) · (its own random odd number) mod 2^32. That is uniform for each weight, for an odd
+    factor only permutes the 2^32 values; and what two slices take is independent but for the power of two in x, which
+    matters once in 2^16 times.
     """
     sizes = [len(part) for part in slices(target)]
     x = draw_int32(max(sizes, default=0), generator, target.device)
@@ -140,10 +141,11 @@ def stochastic_rounder(target, generator):
         exact = exact.float()
         bits = (x[:len(rounded)] * next(factors)).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
         bits.add_(exact.view(torch.int32)).bitwise_and_(-0x10000)
-        nearby = bits.view(torch.float32)
-        if exact.device.type != "cpu" or not exact.sum().isfinite():  # the question would make a GPU wait
+        nearby, finite = bits.view(torch.float32), exact.sum().isfinite()
+        if exact.device.type != "cpu" or not finite:  # the question would make a GPU wait
             nearby = torch.where(exact == exact, nearby, torch.nan)
         rounded.copy_(nearby)
+        return finite
     return round_
 
 
@@ -306,11 +308,12 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, documents=None):
         ctx.shape, ctx.groups, ctx.kept, saved = k.shape, alike(documents) if documents else [None], [], []
+        keep = any(ctx.needs_input_grad)
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         for group in ctx.groups:
-            own = BlockedAttention.by_key_head(*(BlockedAttention.gathered(x, group) for x in (q, k, v)))
-            attended, p = BlockedAttention.attend(*own, keep=any(ctx.needs_input_grad) and own[1].shape[1] <= KEPT_KEYS)
-            BlockedAttention.scatter(out, attended, group)
+            own = [BlockedAttention.gathered(x, k.shape[1], group) for x in (q, k, v)]
+            attended, p = BlockedAttention.attend(*own, q.shape[1] // k.shape[1], keep and own[1].shape[1] <= KEPT_KEYS)
+            BlockedAttention.scatter(out, attended, k.shape[1], group)
             ctx.kept.append(len(p))
             saved += [*own, *p]
         ctx.save_for_backward(*saved)
@@ -318,94 +321,99 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        saved, (B, K, S, C) = iter(ctx.saved_tensors), ctx.shape
-        grads = [grad.new_empty(B, length, heads, C).transpose(1, 2) for length, heads in
-                 ((grad.shape[2], grad.shape[1]), (S, K), (S, K))]
+        saved, (B, K, S, C), (_, H, T, _) = iter(ctx.saved_tensors), ctx.shape, grad.shape
+        grads = [grad.new_empty(B, n, heads, C).transpose(1, 2) for n, heads in ((T, H), (S, K), (S, K))]
         for group, kept in zip(ctx.groups, ctx.kept):
             own, p = (list(itertools.islice(saved, n)) for n in (3, kept))  # q, k, v
-            own_grad = BlockedAttention.gathered(grad, group).view(own[0].shape)
-            for whole, part in zip(grads, BlockedAttention.attend_backward(own_grad, *own, p)):
-                BlockedAttention.scatter(whole, part, group)
+            own_grad = BlockedAttention.gathered(grad, K, group)
+            for whole, part in zip(grads, BlockedAttention.attend_backward(own_grad, *own, H // K, p)):
+                BlockedAttention.scatter(whole, part, K, group)
         return *grads, None
 
     @staticmethod
-    def attend(q, k, v, keep):
-        """q [B K, H/K, T, C], k and v [B K, S, C] -> (like q, [the p of each block] or [])."""
+    def attend(q, k, v, shared, keep):
+        """q [N, T shared, C], k and v [N, S, C] -> (like q, [the p of each block] or []).
+
+        The `shared` = H / K queries of a token that share a key-value head are rows of one product, one after another.
+        """
         out, kept = torch.empty_like(q), []
-        for block, n, seen in BlockedAttention.blocks(q, k):
-            p = BlockedAttention.probabilities(q[:, :, block], k[:, :seen])
-            out[:, :, block] = (p @ v[:, :seen]).unflatten(1, (-1, n))
+        for rows, seen in BlockedAttention.blocks(q, k, shared):
+            p = BlockedAttention.probabilities(q[:, rows], k[:, :seen], shared)
+            out[:, rows] = p @ v[:, :seen]
             if keep:
                 kept.append(p)
         return out, kept
 
     @staticmethod
-    def attend_backward(grad, q, k, v, kept):
+    def attend_backward(grad, q, k, v, shared, kept):
         """The gradients of `attend` for q, k, v; what p it has not kept is computed again."""
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros(k.shape), torch.zeros(v.shape)  # sums in fp32
         scale = q.shape[-1] ** -0.5
-        for i, (block, n, seen) in enumerate(BlockedAttention.blocks(q, k)):
-            own_q, own_grad = q[:, :, block].flatten(1, 2), grad[:, :, block].flatten(1, 2)
-            p = kept[i] if kept else BlockedAttention.probabilities(q[:, :, block], k[:, :seen])
+        for i, (rows, seen) in enumerate(BlockedAttention.blocks(q, k, shared)):
+            own_q, own_k, own_grad = q[:, rows], k[:, :seen], grad[:, rows]
+            p = kept[i] if kept else BlockedAttention.probabilities(own_q, own_k, shared)
             grad_v[:, :seen] += p.mT @ own_grad
             d = torch._softmax_backward_data(own_grad @ v[:, :seen].mT, p, -1, p.dtype)
-            # beta 0: the first argument is not looked at
-            grad_q[:, :, block] = torch.baddbmm(own_q, d, k[:, :seen], beta=0, alpha=scale).unflatten(1, (-1, n))
-            grad_k[:, :seen] += torch.baddbmm(k[:, :seen], d.mT, own_q, beta=0, alpha=scale)
+            grad_q[:, rows] = BlockedAttention.scaled_product(d, own_k, scale)
+            grad_k[:, :seen] += BlockedAttention.scaled_product(d.mT, own_q, scale)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
     @staticmethod
-    def gathered(x, group):
-        """The documents [(start, length), …] of x [1, heads, T, C], zeros behind the shorter: [documents, heads, n, C].
-
-        Without a group: the whole of x [B, heads, T, C].
-        """
-        if group is None:
-            return x.contiguous()
-        longest = max(n for _, n in group)
-        out = x.new_empty(len(group), x.shape[1], longest + -longest % 8, x.shape[3])
-        for own, (start, n) in zip(out, group):
-            own[:, :n] = x[0, :, start:start + n]
-            own[:, n:] = 0
-        return out
+    def by_key_head(x, K):
+        """x [B, heads, T, C] as a view [B, K, T, heads / K, C]."""
+        return x.unflatten(1, (K, -1)).transpose(2, 3)
 
     @staticmethod
-    def scatter(x, part, group):
-        """The way back: writes what `gathered` (and by_key_head) made into x."""
+    def gathered(x, K, group):
+        """The documents [(start, length), …] of x [1, heads, T, C], zeros behind the shorter, as `attend` wants them:
+        [documents K, n heads / K, C]. Without a group: the whole of x [B, heads, T, C], as [B K, T heads / K, C]."""
+        x = BlockedAttention.by_key_head(x, K)
+        if group is None:
+            out = x.contiguous()
+        else:
+            longest = max(n for _, n in group)
+            out = x.new_empty(len(group), K, longest + -longest % 8, *x.shape[3:])
+            for own, (start, n) in zip(out, group):
+                own[:, :n] = x[0, :, start:start + n]
+                own[:, n:] = 0
+        return out.flatten(2, 3).flatten(0, 1)
+
+    @staticmethod
+    def scatter(x, part, K, group):
+        """The way back: writes what `gathered` made into x."""
+        x = BlockedAttention.by_key_head(x, K)
         if group is None:
             x.copy_(part.view(x.shape))
             return
-        for own, (start, n) in zip(part.view(len(group), x.shape[1], -1, x.shape[3]), group):
+        for own, (start, n) in zip(part.view(len(group), K, -1, *x.shape[3:]), group):
             x[0, :, start:start + n] = own[:, :n]
 
     @staticmethod
-    def by_key_head(q, k, v):
-        """q [B K, H/K, T, C], k and v [B K, S, C]: the queries that share a key-value head become rows of one product.
-        """
-        return q.unflatten(1, (k.shape[1], -1)).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-
-    @staticmethod
-    def blocks(q, k, size=128):
-        """(slice of the queries, how many they are, how many keys the last of them sees), block by block."""
-        T, S = q.shape[2], k.shape[1]
+    def blocks(q, k, shared, size=128):
+        """(the rows of q that are a block of up to 128 tokens, how many keys the last of them sees), block by block."""
+        T, S = q.shape[1] // shared, k.shape[1]
         for start in range(0, T, size):
             stop = min(start + size, T)
-            yield slice(start, stop), stop - start, stop + S - T
+            yield slice(start * shared, stop * shared), stop + S - T
 
     @staticmethod
-    def probabilities(q, k):
-        """p [B K, H/K n, seen] of a block of n queries; the last sees all keys, the one before one fewer."""
-        shape = q.shape[2], k.shape[1], q.shape[1], q.dtype
-        mask = short_mask(*shape) if k.shape[1] <= KEPT_KEYS else causal_mask(*shape)
-        return torch.baddbmm(mask, q.flatten(1, 2), k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)
+    def probabilities(q, k, shared):
+        """p [N, n shared, seen] of a block of n tokens; the last sees all keys, the one before one fewer."""
+        scores = BlockedAttention.scaled_product(q, k.mT, q.shape[-1] ** -0.5)
+        n = q.shape[1] // shared
+        scores[:, :, -n:] += causal_mask(n, shared, q.dtype)
+        return scores.softmax(-1)
+
+    @staticmethod
+    def scaled_product(a, b, scale):
+        """scale a @ b, rounded once."""
+        return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)  # beta 0: the first is not looked at
 
 
-def causal_mask(n, seen, heads, dtype):
-    """[heads n, seen]: -inf where one of the last n queries must not look, 0 elsewhere."""
-    return F.pad(torch.full((n, n), -math.inf, dtype=dtype).triu(1), (seen - n, 0)).repeat(heads, 1)
-
-
-short_mask = functools.lru_cache(maxsize=32)(causal_mask)  # every layer asks for the same; at most 0.4 MB each
+@functools.lru_cache(maxsize=64)  # every layer asks for the same
+def causal_mask(n, shared, dtype):
+    """[n shared, n]: -inf where one of n queries must not look, 0 elsewhere; each stands there `shared` times."""
+    return torch.full((n, n), -math.inf, dtype=dtype).triu(1).repeat_interleave(shared, 0)
 
 
 KEPT_KEYS = 512  # up to here p takes less memory than the rest of what a layer keeps for backward

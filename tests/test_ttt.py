@@ -95,6 +95,7 @@ def test_gradients_are_gone_before_the_next_is_complete():
 
     def update(weight, grad):
         alive.append(sum(parameter.grad is not None for parameter in model.parameters()))
+        return True
     ttt.take_steps(model, tiny_examples(1), update, 1)
     assert alive == [0] * len(list(model.parameters()))
     assert not hasattr(model.embed.weight, "main_grad")  # the only one held longer: both ends of it add up there
@@ -112,11 +113,38 @@ def test_the_step_survives_in_the_real_model_and_rounding_to_nearest_would_lose_
             assert report.applied
             return report.loss_before - report.loss_after
     exact, shipped = fall(torch.float32), fall(torch.bfloat16)
-    monkeypatch.setattr(ttt, "stochastic_rounder", lambda whole, generator: torch.Tensor.copy_)
+
+    def to_nearest(whole, generator):
+        return lambda weight, exact: weight.copy_(exact).sum().isfinite()
+    monkeypatch.setattr(ttt, "stochastic_rounder", to_nearest)
     nearest = fall(torch.bfloat16)
     assert exact > 0.1 and shipped >= 0.9 * exact and nearest < 0.2 * exact, (exact, shipped, nearest)
 
 # ----- restore -------------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_sees_every_bit_of_every_tensor_and_what_they_are_called():
+    model = tiny(torch.bfloat16)
+    model.register_buffer("odd", torch.arange(7, dtype=torch.uint8))  # no whole number of words
+    model.register_buffer("unaligned", torch.arange(9, dtype=torch.bfloat16)[1:])
+    model.register_buffer("scalar", torch.tensor(True))
+    digests, places = {ttt.digest(model)}, torch.Generator().manual_seed(0)
+    for n, (_, tensor) in enumerate(ttt.state_of(model), 1):
+        raw = tensor.detach().reshape(-1).view(torch.uint8)
+        at = int(torch.randint(len(raw), (1,), generator=places))
+        raw[at] ^= 1 << n % 8 if tensor.dtype != torch.bool else 1
+        digests.add(ttt.digest(model))
+        assert len(digests) == n + 1
+        raw[at] ^= 1 << n % 8 if tensor.dtype != torch.bool else 1
+        assert ttt.digest(model) in digests
+    for pair in ((0, 2), (3, -1)):  # two weights of one tensor that change places
+        flat = model.embed.weight.data.view(-1)
+        flat[list(pair)] = flat[list(pair[::-1])]
+        digests.add(ttt.digest(model))
+    model.renamed = model.odd
+    del model.odd
+    model.register_buffer("renamed_too", model.scalar)
+    assert len(digests) == n + 3 and ttt.digest(model) not in digests
 
 
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw", "lr": 1e-2, "steps": 3},
@@ -194,10 +222,11 @@ def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
         update, count = make_update(*args), []
 
         def counted(weight, grad):
-            update(weight, grad)
+            finite = update(weight, grad)
             count.append(weight)
             if len(count) == strike_at:
                 strike()
+            return finite
         return counted
 
     def striking_loss(*args):
