@@ -227,7 +227,7 @@ class Report:
 
 @contextlib.contextmanager
 def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, activation_checkpointing=None,
-            snapshot_device="cpu"):
+            snapshot_device="cpu", loss_after=True):
     """Context manager: inside it the model has taken its steps on `examples`, after it the model is what it was.
 
     examples: [(ids, labels), …] as `data.training_example` makes them, nearest first. Yields a Report. Whatever leaves
@@ -235,7 +235,8 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
     digest), as are train/eval mode, requires_grad and the random state; gradients are gone. A model that could not be
     restored refuses to run again. One question at a time: another thread waits. Without examples, or when a loss or
     gradient is not finite, the block runs with the weights as they were and the report says why. The activations of a
-    model of more than a billion parameters are computed again in backward, unless told otherwise.
+    model of more than a billion parameters are computed again in backward, unless told otherwise. `loss_after` False
+    saves the forward pass that measures what the steps brought.
     """
     report, recompute = Report(), activation_checkpointing
     if recompute is None:
@@ -258,10 +259,11 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
                     layer.checkpointing = recompute
                 try:
                     report.loss_before = take_steps(model, examples, make_update(optimizer, lr, generator), steps)
-                    with torch.no_grad():
-                        report.loss_after = example_loss(model, examples[0]).item()
-                    if report.loss_after - report.loss_after != 0:
-                        raise NotFinite(f"the loss on the neighbour after the step is {report.loss_after}")
+                    if loss_after:
+                        with torch.no_grad():
+                            report.loss_after = example_loss(model, examples[0]).item()
+                        if report.loss_after - report.loss_after != 0:
+                            raise NotFinite(f"the loss on the neighbour after the step is {report.loss_after}")
                     report.applied = True
                 except NotFinite as error:
                     report.reason = str(error)

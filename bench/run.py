@@ -8,6 +8,7 @@ SmolLM2-135M-Instruct and all-MiniLM-L6-v2 from models/:
   ttt     one question: snapshot, one step on a trace of 800 tokens, 128 new tokens, restore; seconds and peak
           memory of the process, beside transformers in fp32 with AdamW (--padded: also padded to 6,144, as upstream);
           and what adaptation adds to the loaded model, in bytes a parameter
+  ttt+loss  the same, and both sides measure the loss on the trace again after the step, as ttt.py does to report it
   encode  questions and answers to vectors per second, beside sentence-transformers
 Run it on a machine with nothing else to do; the load average is printed.
 """
@@ -28,9 +29,9 @@ from files import InputError, Parser, run_main, whole, written_aside  # noqa: E4
 SMOLLM2, MINILM = ROOT / "models/smollm2-135m-instruct", ROOT / "models/all-minilm-l6-v2"
 QUESTION = "What are the symptoms of an overactive thyroid, and how is it treated?"
 NEW_TOKENS = 128
-UNITS = {"decode": "tokens/s", "ttt": "s", "ttt memory": "GB", "encode": "texts/s"}
+UNITS = {"decode": "tokens/s", "ttt": "s", "ttt memory": "GB", "ttt+loss": "s", "encode": "texts/s"}
 OURS_FIRST = {"decode": ("ours", "transformers bf16", "llama.cpp bf16"),
-              "ttt": ("ours", "transformers fp32"), "encode": ("ours", "sentence-transformers")}
+              "ttt": ("ours", "transformers fp32"), "ttt+loss": ("ours", "transformers fp32"), "encode": ("ours", "sentence-transformers")}
 
 
 def peak_gb():
@@ -134,23 +135,25 @@ def bf16_gguf():
 # ----- test-time training --------------------------------------------------------------------------------------------
 
 
-def ttt_ours(**settings):
+def ttt_ours(loss_after=False, **settings):
     from model import generate, load_model
     from ttt import adapted
     model, ids, example = load_model(SMOLLM2), prompt_ids(), trace()
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     loaded, start = peak_gb(), time.perf_counter()
-    with adapted(model, [example], **settings) as report:
+    with adapted(model, [example], loss_after=loss_after, **settings) as report:
         added = (peak_gb() - loaded) * 1e9 / n_parameters
         for _ in generate(model, ids, max_new_tokens=NEW_TOKENS, temperature=0):
             pass
-    return {"ttt": time.perf_counter() - start, "ttt memory": peak_gb(), "adapt_s": report.adapt_s,
-            "restore_s": report.restore_s, "loss": [report.loss_before, report.loss_after], "tokens": len(example[0]),
-            "bytes a parameter added": added}
+    seconds = time.perf_counter() - start
+    if loss_after:
+        return {"ttt+loss": seconds, "loss": [report.loss_before, report.loss_after]}
+    return {"ttt": seconds, "ttt memory": peak_gb(), "adapt_s": report.adapt_s, "restore_s": report.restore_s,
+            "tokens": len(example[0]), "bytes a parameter added": added}
 
 
-def ttt_transformers(pad_to=None):
+def ttt_transformers(pad_to=None, loss_after=False):
     """What one writes with transformers: a copy of the weights, AdamW, one step, generate, the copy put back."""
     import torch
     import transformers
@@ -163,13 +166,17 @@ def ttt_transformers(pad_to=None):
     start = time.perf_counter()
     copy = {name: weight.clone() for name, weight in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-    loss.backward()
+    losses = [model(input_ids=ids, attention_mask=mask, labels=labels).loss]
+    losses[0].backward()
     optimizer.step()
     optimizer.zero_grad()
+    if loss_after:
+        with torch.no_grad():
+            losses.append(model(input_ids=ids, attention_mask=mask, labels=labels).loss)
     model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
     model.load_state_dict(copy)
-    return {"ttt": time.perf_counter() - start, "ttt memory": peak_gb(), "loss": [loss.item()]}
+    seconds, losses = time.perf_counter() - start, [loss.item() for loss in losses]
+    return {"ttt+loss": seconds, "loss": losses} if loss_after else {"ttt": seconds, "ttt memory": peak_gb()}
 
 # ----- encode --------------------------------------------------------------------------------------------------------
 
@@ -210,6 +217,8 @@ def measure(task, side, threads):
     return {("decode", "ours"): decode_ours, ("decode", "transformers bf16"): decode_transformers,
             ("decode", "llama.cpp bf16"): lambda: decode_llama_cpp(threads),
             ("ttt", "ours"): ttt_ours, ("ttt", "transformers fp32"): ttt_transformers,
+            ("ttt+loss", "ours"): lambda: ttt_ours(True),
+            ("ttt+loss", "transformers fp32"): lambda: ttt_transformers(loss_after=True),
             ("ttt", "ours, activations computed again"): lambda: ttt_ours(activation_checkpointing=True),
             ("ttt", "transformers fp32, padded to 6,144"): lambda: ttt_transformers(6144),
             ("encode", "ours"): encode_ours,
