@@ -109,7 +109,11 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 
 def slices(tensor):
     """Views of a contiguous tensor, flat, in pieces of the cache's size: what is computed between stays there."""
-    return tensor.view(-1).split(1 << 17 if tensor.device.type == "cpu" else 1 << 24)
+    return tensor.view(-1).split(slice_size(tensor.device))
+
+
+def slice_size(device):
+    return 1 << 17 if device.type == "cpu" else 1 << 24
 
 
 def stochastic_round_(target, source, generator):
@@ -125,16 +129,16 @@ def stochastic_round_(target, source, generator):
         round_(rounded, exact)
 
 
-def stochastic_rounder(target, generator):
+def stochastic_rounder(target, generator, words=None):
     """A function that does `stochastic_round_` for one slice of `target` and its fp32 source, to be called for each.
 
     It returns whether that source is finite throughout. Drawing is slow on a CPU, so every slice takes the upper half
     of (the same random 32-bit x) · (its own random odd number) mod 2^32. That is uniform for each weight, for an odd
     factor only permutes the 2^32 values; and what two slices take is independent but for the power of two in x, which
-    matters once in 2^16 times.
+    matters once in 2^16 times. `words`: such x as `random_words` draws, for several targets to share; else its own.
     """
     sizes = [len(part) for part in slices(target)]
-    x = draw_int32(max(sizes, default=0), generator, target.device)
+    x = draw_int32(max(sizes, default=0), generator, target.device) if words is None else words
     factors = iter(draw_int32(len(sizes), generator, target.device).bitwise_or_(1))
 
     def round_(rounded, exact):
@@ -147,6 +151,11 @@ def stochastic_rounder(target, generator):
         rounded.copy_(nearby)
         return finite
     return round_
+
+
+def random_words(generator, device):
+    """As many random 32-bit integers as a slice has."""
+    return draw_int32(slice_size(device), generator, device)
 
 
 def draw_int32(n, generator, device):

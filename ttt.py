@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from data import Tokenizer, check_unicode, messages_of, question_of, render_chat, stream_text, training_example
 from files import DISCLAIMER, InputError, Parser, number, one_line, read_jsonl, run_main, whole
-from model import generate, load_model, slices, stochastic_rounder, stop_ids_of
+from model import generate, load_model, random_words, slices, stochastic_rounder, stop_ids_of
 from retrieve import Encoder, Index
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -61,16 +61,20 @@ def make_update(optimizer, lr, generator, eps=1e-8, betas=(0.9, 0.999)):
     "sgd": w - lr g. bf16 weights are written back by stochastic rounding, fp32 weights as they are.
     """
     moments = {}  # weight: [step, first moment, second moment]
+    words = None  # for rounding, drawn once: drawing anew for each weight took a seventh of the time of an update
 
     def update(weight, grad):
-        state = None
+        nonlocal words
+        state, round_ = None, None
+        if weight.dtype == torch.bfloat16:
+            words = random_words(generator, weight.device) if words is None else words
+            round_ = stochastic_rounder(weight, generator, words)
         if optimizer == "adamw":
             if weight not in moments:
                 moments[weight] = [0, *(torch.zeros_like(weight, dtype=torch.float32) for _ in betas)]
             state = moments[weight]
             state[0] += 1
         whole = [weight, grad.contiguous(), *(state[1:] if state else ())]
-        round_ = stochastic_rounder(weight, generator) if weight.dtype == torch.bfloat16 else None
         finite = torch.ones((), dtype=torch.bool, device=weight.device)
         for w, g, *moment in zip(*map(slices, whole)):
             g = g.float()

@@ -114,7 +114,7 @@ def test_the_step_survives_in_the_real_model_and_rounding_to_nearest_would_lose_
             return report.loss_before - report.loss_after
     exact, shipped = fall(torch.float32), fall(torch.bfloat16)
 
-    def to_nearest(whole, generator):
+    def to_nearest(*args):
         return lambda weight, exact: weight.copy_(exact).sum().isfinite()
     monkeypatch.setattr(ttt, "stochastic_rounder", to_nearest)
     nearest = fall(torch.bfloat16)
