@@ -31,7 +31,8 @@ QUESTION = "What are the symptoms of an overactive thyroid, and how is it treate
 NEW_TOKENS = 128
 UNITS = {"decode": "tokens/s", "ttt": "s", "ttt memory": "GB", "ttt+loss": "s", "encode": "texts/s"}
 OURS_FIRST = {"decode": ("ours", "transformers bf16", "llama.cpp bf16"),
-              "ttt": ("ours", "transformers fp32"), "ttt+loss": ("ours", "transformers fp32"), "encode": ("ours", "sentence-transformers")}
+              "ttt": ("ours", "transformers fp32"), "ttt+loss": ("ours", "transformers fp32"),
+              "encode": ("ours", "sentence-transformers")}
 
 
 def peak_gb():
