@@ -107,11 +107,13 @@ def example_loss(model, example):
     return -model(ids, labels=labels).sum() / (labels != -100).sum()
 
 
-def take_steps(model, examples, update, steps):
+def take_steps(model, examples, update, steps, hooks=None):
     """`steps` updates on each example in turn; a gradient is used and dropped as soon as it is complete.
 
     Returns the loss on the first example before any step. NotFinite when a loss or gradient is not a finite number.
+    `hooks`: a list for the hooks on gradients, so that a caller can remove those that an interrupt left behind.
     """
+    hooks = [] if hooks is None else hooks
     first_loss, all_finite = None, torch.ones((), dtype=torch.bool, device=model.norm.weight.device)
 
     @torch.no_grad()
@@ -120,13 +122,16 @@ def take_steps(model, examples, update, steps):
         all_finite &= update(weight, grad)
 
     def on_gradient(weight):
+        if not hooks:  # an interrupt came between this hook and its place in the list
+            return
         grad, weight.grad = weight.grad, None
         if grad is not None:  # not the tied one's, below
             use(weight, grad)
-    hooks = [weight.register_post_accumulate_grad_hook(on_gradient) for weight in model.parameters()]
     head = model.head.weight
     own_sum = head is model.embed.weight and head.device.type == "cpu"
     try:
+        for weight in model.parameters():
+            hooks.append(weight.register_post_accumulate_grad_hook(on_gradient))
         if own_sum:  # one gradient as large as the vocabulary, not one of each end and their sum
             head.main_grad = torch.zeros_like(head)
         for example in examples:
@@ -144,10 +149,15 @@ def take_steps(model, examples, update, steps):
                 if not all_finite:
                     raise NotFinite("a gradient on the neighbour is not finite")
     finally:
-        for hook in hooks:
-            hook.remove()
+        remove(hooks)
         vars(head).pop("main_grad", None)
     return first_loss
+
+
+def remove(hooks):
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
 
 # ----- snapshot and restore ------------------------------------------------------------------------------------------
 
@@ -193,9 +203,11 @@ class Snapshot:
         self.rng = torch.get_rng_state()
         self.cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         self.digest = digest(model)
+        self.hooks = []  # of take_steps
 
     def restore(self):
         """Puts everything back, in place; may be called again when it was interrupted. RuntimeError if it cannot."""
+        remove(self.hooks)
         with torch.no_grad():
             for name, tensor in state_of(self.model):
                 tensor.copy_(self.weights[name])
@@ -262,7 +274,8 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
                 for layer in model.layers:
                     layer.checkpointing = recompute
                 try:
-                    report.loss_before = take_steps(model, examples, make_update(optimizer, lr, generator), steps)
+                    update = make_update(optimizer, lr, generator)
+                    report.loss_before = take_steps(model, examples, update, steps, snapshot.hooks)
                     if loss_after:
                         with torch.no_grad():
                             report.loss_after = example_loss(model, examples[0]).item()

@@ -198,8 +198,8 @@ class Sudden(BaseException):
 
 KINDS = {"ValueError": ValueError, "KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit,
          "MemoryError": MemoryError, "BaseException": Sudden, "SIGTERM": SystemExit}
-POINTS = ["before the first forward", "first gradient", "middle gradient", "last gradient", "loss afterwards",
-          "start of the block", "while generating", "end of the block"]
+POINTS = ["hooks half set", "before the first forward", "first gradient", "middle gradient", "last gradient",
+          "hooks to be removed", "loss afterwards", "start of the block", "while generating", "end of the block"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -236,6 +236,20 @@ def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
         return example_loss(*args)
     monkeypatch.setattr(ttt, "make_update", striking_update)
     monkeypatch.setattr(ttt, "example_loss", striking_loss)
+    set_hook, remove, hooks = torch.Tensor.register_post_accumulate_grad_hook, ttt.remove, []
+
+    def striking_set_hook(weight, hook):
+        hooks.append(set_hook(weight, hook))
+        if point == "hooks half set" and len(hooks) == updates // 2:
+            strike()  # this hook has no place in anyone's list
+        return hooks[-1]
+
+    def striking_remove(hooks):
+        if point == "hooks to be removed" and not left:
+            strike()
+        remove(hooks)
+    monkeypatch.setattr(torch.Tensor, "register_post_accumulate_grad_hook", striking_set_hook)
+    monkeypatch.setattr(ttt, "remove", striking_remove)
 
     def terminated(signum, frame):
         raise SystemExit("struck")
@@ -252,11 +266,13 @@ def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, old_handler)
     assert left == [point] and same(model, before) and model.unusable is None
-    assert all(parameter.grad is None and not parameter._post_accumulate_grad_hooks and
-               not hasattr(parameter, "main_grad") for parameter in model.parameters())
+    assert all(parameter.grad is None and not hasattr(parameter, "main_grad") for parameter in model.parameters())
+    hooks_left = sum(len(parameter._post_accumulate_grad_hooks or ()) for parameter in model.parameters())
+    assert hooks_left == (point == "hooks half set")
     monkeypatch.undo()
-    with ttt.adapted(model, tiny_examples(1)) as report:  # and it still works
-        assert report.applied
+    untouched = tiny()
+    with ttt.adapted(model, tiny_examples(1)) as report, ttt.adapted(untouched, tiny_examples(1)):  # it still works
+        assert report.applied and same(model, bits(untouched))  # and the hook that is left does nothing
 
 
 @pytest.mark.parametrize("times", [1, 3])
