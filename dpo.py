@@ -233,17 +233,25 @@ def reference_logps(args, training, tokenizer, pairs, files):
     return {pair[0]: tuple(values) for pair, values in zip(pairs, logps.tolist())}
 
 
+def digest(parts):
+    """SHA-256 of byte strings one after another, as hex digits."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
+
+
+def weights_digest(directory):
+    """SHA-256 of the config and the weight files of a model's folder."""
+    paths = sorted({Path(directory) / "config.json", *checkpoint_files(directory).values()})
+    return digest(sha256(path).encode() for path in paths)
+
+
 def reference_facts(args, world, tokenizer, pairs, files):
     """{what the reference log-probabilities depend on: a value or a SHA-256}."""
-    def digest(parts):
-        found = hashlib.sha256()
-        for part in parts:
-            found.update(part)
-        return found.hexdigest()
     talk = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
     rendered = [render_chat(tokenizer, own, ask) for own in (talk, talk[1:]) for ask in (True, False)]
-    paths = sorted({Path(args.model) / "config.json", *checkpoint_files(args.model).values()})
-    return {"weights": digest(sha256(path).encode() for path in paths),
+    return {"weights": weights_digest(args.model),
             "data": [one["sha256"] for one in files],
             "template": digest([repr(rendered).encode()]),
             "pairs": digest(len(ids).to_bytes(8, "big") + ids.tobytes() for _, *parts in pairs for ids in parts),
@@ -346,7 +354,11 @@ def train_on(args, world, config, tokenizer, pairs, held, plan):
             known.update(reference_logps(args, training, tokenizer, pairs + held, files))
         first = micro_batches_of(pairs[:args.batch_size], args.micro_tokens, world, tokens=pair_tokens, collate=collate)
         check_start(args, training, first, reference)
-    run(args, "dpo", world, config, pairs, held, plan, fixed=(*settings, "reference"), tokens=pair_tokens,
+    fixed = [*settings, "reference"]
+    if args.reference == "live":  # a resume must find the same second model; the cached one is compared in any case
+        args.reference_weights = from_rank_0(world, weights_digest(args.model) if world.rank == 0 else None)
+        fixed.append("reference_weights")
+    run(args, "dpo", world, config, pairs, held, plan, fixed=fixed, tokens=pair_tokens,
         collate=collate, loss_fn=loss_fn, prepare=prepare, reported=("loss", "accuracy", "margin", "logps_chosen"))
 
 

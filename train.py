@@ -811,6 +811,8 @@ def print_plan(args, world, config, plan, found, further=None):
     memory = expected_memory(config, world, dtype=DTYPES[args.dtype], fast_bf16=has_fast_bf16(world.device),
                              tokens=args.micro_tokens, activation_checkpointing=args.activation_checkpointing)
     memory |= further or {}
+    if world.device.type == "cpu":
+        memory["libraries and data: what the process has already"] = peak_memory(world.device)
     print("\n".join([
         f"model {args.model} → {args.out}/model", *found,
         f"steps: {plan['steps']:,} of {args.batch_size} rows over {plan['ranks']} rank(s)",

@@ -470,6 +470,25 @@ def test_ranks_and_micro_batches_change_nothing_but_the_order_of_sums(base, pair
         assert np.mean([((weights[key] - other[key]).abs() <= 1e-5).float().mean().item() for key in weights]) > 0.99
 
 
+def change_a_weight(model):
+    """One weight of the middle layer."""
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] += 1
+    save_file(tensors, model / "model.safetensors")
+
+
+def test_a_resume_with_another_live_reference_is_refused(base, pairs_file, tmp_path):
+    model = shutil.copytree(base, tmp_path / "model")
+    argv = arguments(model, pairs_file, tmp_path / "out", "--max-steps", 1, "--reference", "live")
+    dpo.main(argv)
+    dpo.main([*argv, "--resume"])
+    before = exported(tmp_path / "out")
+    change_a_weight(model)
+    with pytest.raises(InputError, match=r"made with other settings: reference_weights was '[0-9a-f]{64}' and is '"):
+        dpo.main([*argv, "--resume"])
+    assert exported(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize("what, change", [
     ("weights", "model"), ("data", "data"), ("template", "template"), ("max_length", ["--max-length", 300]),
     ("dtype", ["--dtype", "fp32"]), ("pairs", ["--val-rows", 5, "--rows", 20])])
@@ -478,12 +497,9 @@ def test_a_stale_reference_is_refused(base, pairs_file, trained, tmp_path, monke
     out.mkdir()
     shutil.copy(trained / "reference.safetensors", out)
     model, more = base, change if isinstance(change, list) else []
-    if change == "model":  # one weight of the middle layer
-        model = tmp_path / "model"
-        shutil.copytree(base, model)
-        tensors = load_file(model / "model.safetensors")
-        tensors["model.layers.1.mlp.down_proj.weight"][0, 0] += 1
-        save_file(tensors, model / "model.safetensors")
+    if change == "model":
+        model = shutil.copytree(base, tmp_path / "model")
+        change_a_weight(model)
     if change == "data":
         pairs_file = write(tmp_path / "pairs.jsonl", [*pair_rows(45), {**pair_rows(1, 45)[0], "chosen": "Hm."}])
     if change == "template":

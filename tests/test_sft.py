@@ -238,7 +238,7 @@ def test_stages_chain_and_the_cold_start_takes_complex_rows(trained, rows_file, 
 def test_dry_run_and_inspect_touch_nothing(base, rows_file, tmp_path):
     done = command(*arguments(base, rows_file, tmp_path / "out", "--dry-run"))
     assert done.returncode == 0 and "steps: 5 of 8 rows over 1 rank(s)" in done.stdout
-    for part in ("trained: 34 of 228,000", "held out: 6 rows", "GB  state: 18"):
+    for part in ("trained: 34 of 228,000", "held out: 6 rows", "GB  state: 18", "GB  libraries and data"):
         assert part in done.stdout
     done = command(*arguments(base, rows_file, tmp_path / "out", "--inspect", 2))
     assert done.returncode == 0 and done.stdout.count("⟦It is ") == 2 and done.stdout.count("<|im_end|>⟧") == 2
