@@ -36,8 +36,8 @@ from train import (
     SUMMARY,
     add_flags,
     all_sum,
+    computed_on_rank_0,
     from_all,
-    from_rank_0,
     local,
     micro_batches_of,
     on_device,
@@ -193,17 +193,11 @@ def reference_logps(args, training, tokenizer, pairs, files):
     when that has changed.
     """
     world, path = training.world, Path(args.out) / "reference.safetensors"
-    found = None
-    if world.rank == 0:
-        try:
-            facts = reference_facts(args, world, tokenizer, pairs, files)
-            found = facts, read_reference(path, facts, len(pairs))
-        except InputError as error:
-            found = error
-    found = from_rank_0(world, found)
-    if isinstance(found, InputError):
-        raise found
-    facts, logps = found
+
+    def found():
+        facts = reference_facts(args, world, tokenizer, pairs, files)
+        return facts, read_reference(path, facts, len(pairs))
+    facts, logps = computed_on_rank_0(world, found)
     todo, block = logps.isnan().any(1).nonzero()[:, 0].tolist(), 32 * world.size
     with tqdm(total=len(pairs), initial=len(pairs) - len(todo), desc="reference", unit="pair", file=sys.stderr, delay=2,
               disable=None if world.rank == 0 else True) as bar, torch.no_grad():
@@ -354,12 +348,12 @@ def train_on(args, world, config, tokenizer, pairs, held, plan):
             known.update(reference_logps(args, training, tokenizer, pairs + held, files))
         first = micro_batches_of(pairs[:args.batch_size], args.micro_tokens, world, tokens=pair_tokens, collate=collate)
         check_start(args, training, first, reference)
-    fixed = [*settings, "reference"]
+    further = {}
     if args.reference == "live":  # a resume must find the same second model; the cached one is compared in any case
-        args.reference_weights = from_rank_0(world, weights_digest(args.model) if world.rank == 0 else None)
-        fixed.append("reference_weights")
-    run(args, "dpo", world, config, pairs, held, plan, fixed=fixed, tokens=pair_tokens,
-        collate=collate, loss_fn=loss_fn, prepare=prepare, reported=("loss", "accuracy", "margin", "logps_chosen"))
+        further["reference weights"] = computed_on_rank_0(world, lambda: weights_digest(args.model))
+    run(args, "dpo", world, config, pairs, held, plan, fixed=(*settings, "reference"), further_facts=further,
+        tokens=pair_tokens, collate=collate, loss_fn=loss_fn, prepare=prepare,
+        reported=("loss", "accuracy", "margin", "logps_chosen"))
 
 
 def parse_args(argv=None):

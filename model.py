@@ -132,24 +132,24 @@ def stochastic_round_(target, source, generator):
 def stochastic_rounder(target, generator, words=None):
     """A function that does `stochastic_round_` for one slice of `target` and its fp32 source, to be called for each.
 
-    It returns whether that source is finite throughout. Drawing is slow on a CPU, so every slice takes the upper half
-    of (the same random 32-bit x) · (its own random odd number) mod 2^32. That is uniform for each weight, for an odd
-    factor only permutes the 2^32 values; and what two slices take is independent but for the power of two in x, which
-    matters once in 2^16 times. `words`: such x as `random_words` draws, for several targets to share; else its own.
+    Drawing is slow on a CPU, so every slice takes the upper half of (the same random 32-bit x) · (its own random odd
+    number) mod 2^32. That is uniform for each weight, for an odd factor only permutes the 2^32 values; and what two
+    slices take is independent but for the power of two in x, which matters for one x in 2^16. `words`: the x, from
+    `random_words`, for several targets to share; else each target draws its own. Who knows whether a source is finite
+    throughout says so as the third argument of the function.
     """
     sizes = [len(part) for part in slices(target)]
     x = draw_int32(max(sizes, default=0), generator, target.device) if words is None else words
     factors = iter(draw_int32(len(sizes), generator, target.device).bitwise_or_(1))
 
-    def round_(rounded, exact):
+    def round_(rounded, exact, finite=None):
         exact = exact.float()
         bits = (x[:len(rounded)] * next(factors)).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
         bits.add_(exact.view(torch.int32)).bitwise_and_(-0x10000)
-        nearby, finite = bits.view(torch.float32), exact.sum().isfinite()
-        if exact.device.type != "cpu" or not finite:  # the question would make a GPU wait
-            nearby = torch.where(exact == exact, nearby, torch.nan)
+        nearby = bits.view(torch.float32)
+        if exact.device.type != "cpu" or not (exact.sum().isfinite() if finite is None else finite):
+            nearby = torch.where(exact == exact, nearby, torch.nan)  # always on a GPU, which the question makes wait
         rounded.copy_(nearby)
-        return finite
     return round_
 
 
@@ -341,7 +341,7 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def attend(q, k, v, shared, keep):
-        """q [N, T shared, C], k and v [N, S, C] -> (like q, [the p of each block] or []).
+        """q [N, T shared, C], k and v [N, S, C] as `gathered` makes them -> (like q, [the p of each block] or []).
 
         The `shared` = H / K queries of a token that share a key-value head are rows of one product, one after another.
         """

@@ -136,6 +136,20 @@ def from_rank_0(world, value):
     return value
 
 
+def computed_on_rank_0(world, function):
+    """The value of function() on rank 0 for every rank; what is wrong with its input is raised on every rank."""
+    value = None
+    if world.rank == 0:
+        try:
+            value = function()
+        except (InputError, OSError) as error:
+            value = error
+    value = from_rank_0(world, value)
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
 def from_all(world, value):
     """[every rank's `value`], by rank."""
     if world.size == 1:
@@ -434,7 +448,15 @@ def peak_memory(device):
     """The most bytes this process has held: on the GPU, or resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resident("VmHWM")
+
+
+def resident(what):
+    """Bytes of main memory that this process has ("VmRSS") or had at most ("VmHWM"); only Linux tells them apart."""
+    try:
+        return int(Path("/proc/self/status").read_text().split(what + ":")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def step_flops(config, tokens):
@@ -554,10 +576,7 @@ def checkpoint_to_resume(world, folder, facts):
 
     InputError when the run it belongs to differed in one of `facts` (what fixes the data and its order).
     """
-    found = from_rank_0(world, find_checkpoint(folder, facts) if world.rank == 0 else None)
-    if isinstance(found, InputError):
-        raise found
-    return found
+    return computed_on_rank_0(world, lambda: find_checkpoint(folder, facts))
 
 
 def load_checkpoint(training, path, numbers):
@@ -584,7 +603,7 @@ def load_checkpoint(training, path, numbers):
 
 
 def find_checkpoint(folder, facts):
-    """(path, its numbers) of the newest checkpoint that verifies, None, or the InputError for one of another run."""
+    """(path, its numbers) of the newest checkpoint that verifies, or None; InputError for one of another run."""
     for path in checkpoints_of(folder):
         fault = fault_of(path)
         if fault:
@@ -594,8 +613,8 @@ def find_checkpoint(folder, facts):
         differing = [f"{key} was {numbers['facts'].get(key)!r} and is {facts[key]!r}"
                      for key in facts if numbers["facts"].get(key) != facts[key]]
         if differing:
-            return InputError(f"{path}: made with other settings: {'; '.join(differing)}; expected the same, or "
-                              "another --out")
+            raise InputError(f"{path}: made with other settings: {'; '.join(differing)}; expected the same, or "
+                             "another --out")
         print(f"resuming from {path}", file=sys.stderr)
         return path, numbers
     return None
@@ -812,7 +831,7 @@ def print_plan(args, world, config, plan, found, further=None):
                              tokens=args.micro_tokens, activation_checkpointing=args.activation_checkpointing)
     memory |= further or {}
     if world.device.type == "cpu":
-        memory["libraries and data: what the process has already"] = peak_memory(world.device)
+        memory["libraries and data: what the process has already"] = resident("VmRSS")
     print("\n".join([
         f"model {args.model} → {args.out}/model", *found,
         f"steps: {plan['steps']:,} of {args.batch_size} rows over {plan['ranks']} rank(s)",
@@ -828,21 +847,23 @@ def micro_batches_of(examples, budget, world, *, tokens, collate):
 
 
 def run(args, name, world, config, examples, held, plan, *, fixed, tokens, collate, loss_fn, prepare=None,
-        reported=("loss",)):
+        further_facts=None, reported=("loss",)):
     """Trains, exports and says what came of it: the part of a run that touches weights.
 
     tokens(example): its length in a micro-batch; collate([example, …]) -> micro-batch; loss_fn: see `fit`. `fixed`
-    names the flags that, beside the shared ones, a resume must agree on. prepare(training, [{file, rows, sha256}] of
+    names the flags that, beside the shared ones, a resume must agree on, `further_facts` {what: value} is what else it
+    must agree on. prepare(training, [{file, rows, sha256}] of
     the data) is called on the model the run starts from, before anything of an earlier run is loaded. `reported` are
     the held-out numbers for the summary and the model card.
     """
     out = Path(args.out)
-    files = [{"file": file, "rows": plan["files"].get(file, 0), "sha256": digest} for file, digest in from_rank_0(
-        world, [(file, sha256(file)) for file in args.data] if world.rank == 0 else None)]
+    files = [{"file": file, "rows": plan["files"].get(file, 0), "sha256": digest} for file, digest in
+             computed_on_rank_0(world, lambda: [(file, sha256(file)) for file in args.data])]
     # what fixes the data, its order and the schedule
-    facts = {flag: getattr(args, flag) for flag in (
+    recipe = {flag: getattr(args, flag) for flag in (
         *fixed, "model", "rows", "epochs", "max_steps", "lr", "warmup", "weight_decay", "clip", "batch_size",
-        "max_length", "seed", "dtype")} | {"data": [one["sha256"] for one in files], "held_out": len(held)}
+        "max_length", "seed", "dtype")} | {"held_out": len(held)}
+    facts = recipe | {"data": [one["sha256"] for one in files]} | (further_facts or {})
     # before anything is written: a run that may not be resumed so stays as it is
     found = checkpoint_to_resume(world, out / "checkpoints", facts) if args.resume else None
     if world.rank == 0:
@@ -870,7 +891,7 @@ def run(args, name, world, config, examples, held, plan, *, fixed, tokens, colla
     card = None
     if world.rank == 0:
         card = model_card(f"FineMedLM-o1-{name}", config, source=args.model, files=files, results=results,
-                          recipe={key: value for key, value in facts.items() if key != "data"} | {
+                          recipe=recipe | {
                               "ranks": world.size, "export": args.export_dtype, "rows trained": plan["rows_trained"]})
     export_model(training, out / "model", source=args.model, dtype=DTYPES[args.export_dtype], card=card)
     if world.rank == 0:

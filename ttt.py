@@ -87,16 +87,17 @@ def make_update(optimizer, lr, generator, eps=1e-8, betas=(0.9, 0.999)):
                 m.lerp_(g, 1 - betas[0])
                 v.lerp_(g * g, 1 - betas[1])
                 step = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+            exact = w.float().sub_(step, alpha=lr)  # of fp32 this is w itself
+            sound = exact.sum().isfinite()
+            finite &= sound
             if round_:
-                finite &= round_(w, w.float().sub_(step, alpha=lr))
-            else:
-                finite &= w.sub_(step, alpha=lr).sum().isfinite()
+                round_(w, exact, sound)
         return finite
     return update
 
 
 class NotFinite(Exception):
-    """A loss or a gradient of the adaptation is NaN or infinite."""
+    """A loss, gradient or step of the adaptation is NaN or infinite."""
 
 
 def example_loss(model, example):
@@ -110,7 +111,7 @@ def example_loss(model, example):
 def take_steps(model, examples, update, steps, hooks=None):
     """`steps` updates on each example in turn; a gradient is used and dropped as soon as it is complete.
 
-    Returns the loss on the first example before any step. NotFinite when a loss or gradient is not a finite number.
+    Returns the loss on the first example before any step. NotFinite when a loss, gradient or step is not finite.
     `hooks`: a list for the hooks on gradients, so that a caller can remove those that an interrupt left behind.
     """
     hooks = [] if hooks is None else hooks
@@ -147,7 +148,7 @@ def take_steps(model, examples, update, steps, hooks=None):
                     head.main_grad.zero_()
                 first_loss = value if first_loss is None else first_loss
                 if not all_finite:
-                    raise NotFinite("a gradient on the neighbour is not finite")
+                    raise NotFinite("a gradient or step on the neighbour is not finite")
     finally:
         remove(hooks)
         vars(head).pop("main_grad", None)
@@ -166,8 +167,9 @@ def digest(model):
     """A fingerprint, 64 hex digits, of the name, dtype, shape and bytes of every parameter and buffer (tied ones once).
 
     The bytes enter by a multilinear hash: of 32-bit words x and fixed random odd numbers r, each piece gives sum(x r)
-    mod 2^64. One word that differs always changes it, several go unnoticed with a chance of 2^-32. So the bytes stay on
-    their device, and a CPU takes half of the time of SHA-256, which only sums up the names and pieces.
+    mod 2^64. One word that differs always changes it, several go unnoticed with a chance of at most 2^-32. SHA-256 then
+    takes in names and sums only: of all bytes it would take a CPU twice as long, and a GPU's would have to be moved.
+    Digests compare on one kind of device, for r is drawn there.
     """
     names, sums = [], []
     for name, tensor in state_of(model):
@@ -177,13 +179,14 @@ def digest(model):
             flat = F.pad(flat, (0, -len(flat) % 4))
         r = odd_numbers(tensor.device)
         sums += [(words * r[:len(words)]).sum() for words in flat.view(torch.int32).split(len(r))]
-    return hashlib.sha256(repr((names, torch.stack(sums).tolist())).encode()).hexdigest()
+    sums = torch.stack([own.to(sums[0].device) for own in sums]).tolist()
+    return hashlib.sha256(repr((names, sums)).encode()).hexdigest()
 
 
 @functools.lru_cache
 def odd_numbers(device):
-    """The random numbers of `digest`, int64."""
-    r = torch.empty(1 << 19, dtype=torch.int64, device=device)
+    """The random numbers of `digest`, int64, as many as a piece has words."""
+    r = torch.empty(1 << 19 if device.type == "cpu" else 1 << 22, dtype=torch.int64, device=device)
     return r.random_(-2**63, None, generator=torch.Generator(device).manual_seed(0)).bitwise_or_(1)
 
 
@@ -249,10 +252,10 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
     examples: [(ids, labels), …] as `data.training_example` makes them, nearest first. Yields a Report. Whatever leaves
     the block, an exception or a signal turned into one: every parameter and buffer is restored bit for bit (compared by
     digest), as are train/eval mode, requires_grad and the random state; gradients are gone. A model that could not be
-    restored refuses to run again. One question at a time: another thread waits. Without examples, or when a loss or
-    gradient is not finite, the block runs with the weights as they were and the report says why. The activations of a
-    model of more than a billion parameters are computed again in backward, unless told otherwise. `loss_after` False
-    saves the forward pass that measures what the steps brought.
+    restored refuses to run again. One question at a time: another thread waits. Without examples, or when a loss,
+    gradient or step is not finite, the block runs with the weights as they were and the report says why. `loss_after`
+    False saves the forward pass that measures what the steps brought, and with it the check that this loss is finite.
+    The activations of a model of more than a billion parameters are computed again in backward, unless told otherwise.
     """
     report, recompute = Report(), activation_checkpointing
     if recompute is None:
@@ -274,8 +277,8 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
                 for layer in model.layers:
                     layer.checkpointing = recompute
                 try:
-                    update = make_update(optimizer, lr, generator)
-                    report.loss_before = take_steps(model, examples, update, steps, snapshot.hooks)
+                    report.loss_before = take_steps(model, examples, make_update(optimizer, lr, generator), steps,
+                                                    snapshot.hooks)  # moments end with it
                     if loss_after:
                         with torch.no_grad():
                             report.loss_after = example_loss(model, examples[0]).item()
@@ -447,8 +450,8 @@ def parse_args(argv=None):
     parser.add_argument("--recipe", choices=("paper",), help="paper: --k 1 --steps 1 --lr 1e-5 --optimizer adamw")
     parser.add_argument("--no-ttt", action="store_true", help="answer without test-time training")
     parser.add_argument("--activation-checkpointing", action=argparse.BooleanOptionalAction,
-                        default=argparse.SUPPRESS, help="recompute activations in backward: a tenth more time, a third "
-                        "less memory (measured; default: for models of more than a billion parameters)")
+                        default=argparse.SUPPRESS, help="recompute activations in backward: an eighth more time, a "
+                        "fifth less memory (measured; default: for models of more than a billion parameters)")
     parser.add_argument("--snapshot", choices=("host", "device"), default="host", 
                         help="where the original weights wait")
     parser.add_argument("--max-new-tokens", type=whole(1), default=2048, help="longest answer (paper: 2048)")

@@ -1,13 +1,13 @@
 """One table: ours, the peer, the ratio. Every figure is measured in this run, the sides alternately.
 
-    python bench/run.py [--rounds 3] [--tasks decode ttt encode] [--padded] [--json]
+    python bench/run.py [--rounds 3] [--tasks decode ttt ttt+loss encode] [--padded] [--json]
 
 Each measurement is a process of its own (so that its peak memory is its own), with --threads threads, on
 SmolLM2-135M-Instruct and all-MiniLM-L6-v2 from models/:
   decode  greedy tokens per second after the prompt: ours and transformers in bf16, llama.cpp on a bf16 GGUF
   ttt     one question: snapshot, one step on a trace of 800 tokens, 128 new tokens, restore; seconds and peak
-          memory of the process, beside transformers in fp32 with AdamW (--padded: also padded to 6,144, as upstream);
-          and what adaptation adds to the loaded model, in bytes a parameter
+          memory of the process, beside transformers in fp32 with AdamW, by default and fused (--padded: also padded to
+          6,144, as upstream); and what adaptation adds to the loaded model, in bytes a parameter
   ttt+loss  the same, and both sides measure the loss on the trace again after the step, as ttt.py does to report it
   encode  questions and answers to vectors per second, beside sentence-transformers
 Run it on a machine with nothing else to do; the load average is printed.
@@ -29,9 +29,11 @@ from files import InputError, Parser, run_main, whole, written_aside  # noqa: E4
 SMOLLM2, MINILM = ROOT / "models/smollm2-135m-instruct", ROOT / "models/all-minilm-l6-v2"
 QUESTION = "What are the symptoms of an overactive thyroid, and how is it treated?"
 NEW_TOKENS = 128
-UNITS = {"decode": "tokens/s", "ttt": "s", "ttt memory": "GB", "ttt+loss": "s", "encode": "texts/s"}
+UNITS = {"decode": "tokens/s", "ttt": "s", "ttt memory": "GB", "ttt+loss": "s", "ttt+loss memory": "GB",
+         "encode": "texts/s"}
 OURS_FIRST = {"decode": ("ours", "transformers bf16", "llama.cpp bf16"),
-              "ttt": ("ours", "transformers fp32"), "ttt+loss": ("ours", "transformers fp32"),
+              "ttt": ("ours", "transformers fp32", "transformers fp32, fused AdamW"),
+              "ttt+loss": ("ours", "transformers fp32", "transformers fp32, fused AdamW"),
               "encode": ("ours", "sentence-transformers")}
 
 
@@ -148,14 +150,19 @@ def ttt_ours(loss_after=False, **settings):
         for _ in generate(model, ids, max_new_tokens=NEW_TOKENS, temperature=0):
             pass
     seconds = time.perf_counter() - start
+    if not report.applied or not report.restored:
+        raise InputError(f"no step was taken: {report.reason}")
     if loss_after:
-        return {"ttt+loss": seconds, "loss": [report.loss_before, report.loss_after]}
+        return {"ttt+loss": seconds, "ttt+loss memory": peak_gb(), "loss": [report.loss_before, report.loss_after]}
     return {"ttt": seconds, "ttt memory": peak_gb(), "adapt_s": report.adapt_s, "restore_s": report.restore_s,
             "tokens": len(example[0]), "bytes a parameter added": added}
 
 
-def ttt_transformers(pad_to=None, loss_after=False):
-    """What one writes with transformers: a copy of the weights, AdamW, one step, generate, the copy put back."""
+def ttt_transformers(pad_to=None, loss_after=False, fused=False):
+    """What one writes with transformers: a copy of the weights, AdamW, one step, generate, the copy put back.
+
+    `fused`: AdamW in one kernel, which it is not by default.
+    """
     import torch
     import transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
@@ -165,8 +172,8 @@ def ttt_transformers(pad_to=None, loss_after=False):
     mask = torch.tensor([[1] * len(ids) + [0] * padding])
     ids, labels = torch.tensor([ids + [2] * padding]), torch.tensor([labels + [-100] * padding])
     start = time.perf_counter()
-    copy = {name: weight.clone() for name, weight in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    copy = {name: weight.detach().clone() for name, weight in model.named_parameters()}  # tied ones once
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused)
     losses = [model(input_ids=ids, attention_mask=mask, labels=labels).loss]
     losses[0].backward()
     optimizer.step()
@@ -175,9 +182,13 @@ def ttt_transformers(pad_to=None, loss_after=False):
         with torch.no_grad():
             losses.append(model(input_ids=ids, attention_mask=mask, labels=labels).loss)
     model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
-    model.load_state_dict(copy)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(copy[name])
     seconds, losses = time.perf_counter() - start, [loss.item() for loss in losses]
-    return {"ttt+loss": seconds, "loss": losses} if loss_after else {"ttt": seconds, "ttt memory": peak_gb()}
+    if loss_after:
+        return {"ttt+loss": seconds, "ttt+loss memory": peak_gb(), "loss": losses}
+    return {"ttt": seconds, "ttt memory": peak_gb()}
 
 # ----- encode --------------------------------------------------------------------------------------------------------
 
@@ -218,8 +229,10 @@ def measure(task, side, threads):
     return {("decode", "ours"): decode_ours, ("decode", "transformers bf16"): decode_transformers,
             ("decode", "llama.cpp bf16"): lambda: decode_llama_cpp(threads),
             ("ttt", "ours"): ttt_ours, ("ttt", "transformers fp32"): ttt_transformers,
+            ("ttt", "transformers fp32, fused AdamW"): lambda: ttt_transformers(fused=True),
             ("ttt+loss", "ours"): lambda: ttt_ours(True),
             ("ttt+loss", "transformers fp32"): lambda: ttt_transformers(loss_after=True),
+            ("ttt+loss", "transformers fp32, fused AdamW"): lambda: ttt_transformers(loss_after=True, fused=True),
             ("ttt", "ours, activations computed again"): lambda: ttt_ours(activation_checkpointing=True),
             ("ttt", "transformers fp32, padded to 6,144"): lambda: ttt_transformers(6144),
             ("encode", "ours"): encode_ours,

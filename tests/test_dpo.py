@@ -484,7 +484,7 @@ def test_a_resume_with_another_live_reference_is_refused(base, pairs_file, tmp_p
     dpo.main([*argv, "--resume"])
     before = exported(tmp_path / "out")
     change_a_weight(model)
-    with pytest.raises(InputError, match=r"made with other settings: reference_weights was '[0-9a-f]{64}' and is '"):
+    with pytest.raises(InputError, match=r"made with other settings: reference weights was '[0-9a-f]{64}' and is '"):
         dpo.main([*argv, "--resume"])
     assert exported(tmp_path / "out") == before
 

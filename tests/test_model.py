@@ -460,6 +460,22 @@ def test_stochastic_rounding_draws_independently_and_repeats_with_its_seed():
     for lag in (1, 2, 3, 4, 5, 8, n, 2 * n, 3 * n, n + 1):  # two weights share one 64-bit number; slices share them all
         assert abs((up[lag:] * up[:-lag]).mean().item()) < 5 * 0.25 / math.sqrt(5 * n - lag), lag
 
+
+def test_targets_that_share_random_words_are_rounded_independently_and_without_bias():
+    generator = torch.Generator().manual_seed(0)
+    words, n, rounds = M.random_words(generator, torch.device("cpu")), 50_000, 40
+    source = torch.full((n,), 1.0 + 0.3 * 2**-7)
+    ups = []
+    for _ in range(rounds):
+        target = torch.empty(n, dtype=torch.bfloat16)
+        M.stochastic_rounder(target, generator, words)(target, source)
+        ups.append((target.float() > 1.0).double())
+    ups = torch.stack(ups)
+    assert abs(ups.mean().item() - 0.3) < 5 * math.sqrt(0.21 / ups.numel())
+    assert abs(ups.mean(0).var().item() * rounds - 0.21) < 0.01  # of a weight over the rounds, as if drawn each time
+    correlations = torch.corrcoef(ups)[~torch.eye(rounds, dtype=torch.bool)]
+    assert correlations.square().mean().sqrt() < 1.2 / math.sqrt(n) and correlations.abs().max() < 6 / math.sqrt(n)
+
 # ----- files ---------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_the_step_survives_in_the_real_model_and_rounding_to_nearest_would_lose_
     exact, shipped = fall(torch.float32), fall(torch.bfloat16)
 
     def to_nearest(*args):
-        return lambda weight, exact: weight.copy_(exact).sum().isfinite()
+        return lambda weight, exact, sound: weight.copy_(exact)
     monkeypatch.setattr(ttt, "stochastic_rounder", to_nearest)
     nearest = fall(torch.bfloat16)
     assert exact > 0.1 and shipped >= 0.9 * exact and nearest < 0.2 * exact, (exact, shipped, nearest)
@@ -141,10 +142,12 @@ def test_the_digest_sees_every_bit_of_every_tensor_and_what_they_are_called():
         flat = model.embed.weight.data.view(-1)
         flat[list(pair)] = flat[list(pair[::-1])]
         digests.add(ttt.digest(model))
-    model.renamed = model.odd
-    del model.odd
-    model.register_buffer("renamed_too", model.scalar)
-    assert len(digests) == n + 3 and ttt.digest(model) not in digests
+    model.register_buffer("renamed", model._buffers.pop("odd"))
+    digests.add(ttt.digest(model))
+    for same_bytes in (model.scalar.view(torch.uint8), model.scalar[None]):  # another dtype, another shape
+        model.scalar = same_bytes
+        digests.add(ttt.digest(model))
+    assert len(digests) == n + 6
 
 
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw", "lr": 1e-2, "steps": 3},
@@ -273,6 +276,30 @@ def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
     untouched = tiny()
     with ttt.adapted(model, tiny_examples(1)) as report, ttt.adapted(untouched, tiny_examples(1)):  # it still works
         assert report.applied and same(model, bits(untouched))  # and the hook that is left does nothing
+
+
+def test_what_the_steps_needed_is_gone_while_answering(monkeypatch):
+    model, updates, make_update = tiny(), [], ttt.make_update
+
+    def watched(*args):
+        update = make_update(*args)
+        updates.append(weakref.ref(update))
+        return update
+    monkeypatch.setattr(ttt, "make_update", watched)
+    with ttt.adapted(model, tiny_examples(), optimizer="adamw") as report:
+        assert report.applied and updates[0]() is None  # and its moments, 8 bytes a parameter, with it
+
+
+def test_the_loss_afterwards_need_not_be_measured(monkeypatch):
+    model, losses, example_loss = tiny(), [], ttt.example_loss
+    monkeypatch.setattr(ttt, "example_loss", lambda *args: losses.append(1) or example_loss(*args))
+    before = bits(model)
+    with ttt.adapted(model, tiny_examples(1)) as measured:
+        after = bits(model)
+    with ttt.adapted(model, tiny_examples(1), loss_after=False) as report:
+        assert report.applied and report.loss_after is None and same(model, after)
+    assert len(losses) == 3 and report.restored and same(model, before)
+    assert report.loss_before == measured.loss_before > measured.loss_after
 
 
 @pytest.mark.parametrize("times", [1, 3])
