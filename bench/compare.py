@@ -14,10 +14,10 @@ from files import whole
 
 
 def parse_args(description, *, data, steps, batch_size, who, choices, smallest_batch=1):
-    """The command line of such a bench, with its own defaults."""
+    """The command line of such a bench, with its own defaults; `data` says what rows it wants."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
-    parser.add_argument("--data", default=data)
+    parser.add_argument("--data", metavar="FILE.jsonl", required=True, help=data)
     parser.add_argument("--steps", type=whole(1), default=steps)
     parser.add_argument("--batch-size", type=whole(smallest_batch), default=batch_size)
     parser.add_argument("--max-length", type=whole(2), default=1024)
@@ -33,7 +33,9 @@ def run_each(script, args):
     results = []
     for who in args.who:
         done = subprocess.run([sys.executable, script, *sys.argv[1:], "--measure", who], stdout=subprocess.PIPE,
-                              text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
+                              text=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
+        if done.returncode:
+            sys.exit(f"{who}: failed")  # it has said why
         results.append(json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps(results[-1]), file=sys.stderr)
     out = Path("bench/results") / f"{Path(script).stem}.json"

@@ -1,7 +1,7 @@
 """DPO beside TRL's DPOTrainer: pairs per second, peak memory and the loss of each step, on the same pairs.
 
-    python bench/dpo.py --steps 1                          ours and TRL, one after the other, each in its own process
-    python bench/dpo.py --steps 2 --who ours ours-live trl
+    python bench/dpo.py --data traces.jsonl --steps 1      ours and TRL, one after the other, each in its own process
+    python bench/dpo.py --data traces.jsonl --steps 2 --who ours ours-live trl
 
 Pairs come from the first rows of --data that have a "## Summarization": chosen is the response, rejected what stands
 under that heading alone; at most 1,024 tokens. Eight pairs an optimizer step, a constant rate, no warm-up. Ours: the
@@ -31,9 +31,11 @@ HEADING = "## Summarization"
 def read_rows(args):
     """[(prompt messages, chosen, rejected)] as pair_of gives them."""
     rows = []
-    for _, row in read_jsonl(args.data):
+    for line, row in read_jsonl(args.data):
         if isinstance(row, InputError):
             raise row
+        if not all(isinstance(row.get(key), str) for key in ("instruction", "response")):
+            raise InputError(f"{args.data}:{line}: found no text under instruction and response; expected a trace")
         thought, found, summary = row["response"].partition(HEADING)
         if found and thought.strip() and summary.strip():
             rows.append(([{"role": "user", "content": row["instruction"]}], row["response"], summary.strip()))
@@ -119,7 +121,7 @@ def measure(args):
 
 
 def main():
-    args = parse_args(__doc__, data="../shared/data/traces.jsonl", steps=2, batch_size=8,
+    args = parse_args(__doc__, data="traces: instruction, response with thought and summary", steps=2, batch_size=8,
                       who=["ours", "trl"], choices=["ours", "ours-live", "trl"])
     if args.measure:
         return measure(args)

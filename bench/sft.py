@@ -1,7 +1,7 @@
 """SFT beside TRL's SFTTrainer: tokens per second, peak memory and the loss of each step, on the same rows.
 
-    python bench/sft.py --steps 4                          ours and TRL, one after the other, each in its own process
-    python bench/sft.py --steps 4 --who ours trl trl-packing
+    python bench/sft.py --data medquad_sft.jsonl --steps 4      ours and TRL, one after the other, each in its own process
+    python bench/sft.py --data medquad_sft.jsonl --steps 4 --who ours trl trl-packing
 
 Both take the first rows of --data in the file's order, 16 an optimizer step, at most 1,024 tokens each, with the same
 tokens and the same trained ones, a constant rate and no warm-up. TRL: bf16 autocast on fp32 weights, batches of 2 × 8
@@ -103,7 +103,7 @@ def measure(args):
 
 
 def main():
-    args = parse_args(__doc__, data="../shared/data/medquad_sft.jsonl", steps=4, batch_size=16,
+    args = parse_args(__doc__, data="rows of messages, or of instruction and response", steps=4, batch_size=16,
                       smallest_batch=2, who=["ours", "trl"], choices=["ours", "trl", "trl-packing"])
     if args.measure:
         return measure(args)

@@ -1,7 +1,7 @@
 """Do small steps survive bf16? The same steps with fp32 weights, as shipped, and with every rounding to the nearest.
 
-    python bench/small_steps.py --data ../shared/data/medquad_sft.jsonl           30 SFT steps on 64 rows
-    python bench/small_steps.py --loss dpo --data ../shared/data/pairs.jsonl      10 DPO steps of 4 pairs, 16 held out
+    python bench/small_steps.py --data medquad_sft.jsonl           30 SFT steps on 64 rows
+    python bench/small_steps.py --loss dpo --data pairs.jsonl      10 DPO steps of 4 pairs, 16 held out
 
 All at a constant rate of 1e-6. "fp32": weights, masters and export in fp32. "shipped": fp32 masters, bf16 weights and
 export by stochastic rounding. "nearest": the same with every conversion rounded to nearest, as ordinary mixed precision
