@@ -1,6 +1,6 @@
 """SFT beside TRL's SFTTrainer: tokens per second, peak memory and the loss of each step, on the same rows.
 
-    python bench/sft.py --data medquad_sft.jsonl --steps 4      ours and TRL, one after the other, each in its own process
+    python bench/sft.py --data medquad_sft.jsonl --steps 4   ours and TRL in turn, each in its own process
     python bench/sft.py --data medquad_sft.jsonl --steps 4 --who ours trl trl-packing
 
 Both take the first rows of --data in the file's order, 16 an optimizer step, at most 1,024 tokens each, with the same
