@@ -310,7 +310,7 @@ class BlockedAttention(torch.autograd.Function):
     scores = q k.T / sqrt(C);  p = softmax(scores);  out = p v. Only [H, 128, keys seen] scores exist at a time. A short
     text's p are kept for backward, those of more than KEPT_KEYS keys are computed again, for they grow with the square.
     Of packed documents (their lengths) each is a text of its own. Torch's own kernel multiplies small tiles, which is
-    slow in bf16 (two cores, 9 heads, forward and backward: 512 tokens take it 12.8 ms, this 4.2). It keeps the scores
+    slow in bf16 (two cores, 9 heads, forward and backward: 512 tokens take it 12.9 ms, this 4.8). It keeps the scores
     in fp32; here they are rounded to bf16, as in any attention written as two bf16 products: in SmolLM2 the output is
     off by 0.4 % of its norm (torch's: 0.2 %), the gradients of q, k, v by 0.5, 0.6, 0.5 % (0.4, 0.5, 0.5 %).
     """
