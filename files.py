@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -75,6 +76,14 @@ def return_freed_memory(device):
     """
     if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def resident(what):
+    """Bytes of main memory that this process has ("VmRSS") or had at most ("VmHWM"); only Linux tells them apart."""
+    try:
+        return int(Path("/proc/self/status").read_text().split(what + ":")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def one_line(error):

@@ -22,7 +22,6 @@ import functools
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -50,6 +49,7 @@ from files import (
     read_json,
     read_jsonl,
     remove,
+    resident,
     return_freed_memory,
     reuse_freed_memory,
     sha256,
@@ -451,14 +451,6 @@ def peak_memory(device):
     return resident("VmHWM")
 
 
-def resident(what):
-    """Bytes of main memory that this process has ("VmRSS") or had at most ("VmHWM"); only Linux tells them apart."""
-    try:
-        return int(Path("/proc/self/status").read_text().split(what + ":")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def step_flops(config, tokens):
     """Arithmetic of forward and backward over `tokens`: 6 a weight and token, embedding look-up aside.
 
@@ -852,9 +844,8 @@ def run(args, name, world, config, examples, held, plan, *, fixed, tokens, colla
 
     tokens(example): its length in a micro-batch; collate([example, …]) -> micro-batch; loss_fn: see `fit`. `fixed`
     names the flags that, beside the shared ones, a resume must agree on, `further_facts` {what: value} is what else it
-    must agree on. prepare(training, [{file, rows, sha256}] of
-    the data) is called on the model the run starts from, before anything of an earlier run is loaded. `reported` are
-    the held-out numbers for the summary and the model card.
+    must agree on. prepare(training, [{file, rows, sha256}] of the data) is called on the model the run starts from,
+    before anything of an earlier run is loaded. `reported` are the held-out numbers for the summary and the model card.
     """
     out = Path(args.out)
     files = [{"file": file, "rows": plan["files"].get(file, 0), "sha256": digest} for file, digest in
@@ -891,8 +882,8 @@ def run(args, name, world, config, examples, held, plan, *, fixed, tokens, colla
     card = None
     if world.rank == 0:
         card = model_card(f"FineMedLM-o1-{name}", config, source=args.model, files=files, results=results,
-                          recipe=recipe | {
-                              "ranks": world.size, "export": args.export_dtype, "rows trained": plan["rows_trained"]})
+                          recipe=recipe | {"ranks": world.size, "export": args.export_dtype,
+                                           "rows trained": plan["rows_trained"]})
     export_model(training, out / "model", source=args.model, dtype=DTYPES[args.export_dtype], card=card)
     if world.rank == 0:
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in results.items()))

@@ -2,7 +2,6 @@
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # a first optimizer step would import it, in seconds: that is no side's time
 
-from files import whole
+from files import resident, whole
 
 
 def parse_args(description, *, data, steps, batch_size, who, choices, smallest_batch=1):
@@ -47,5 +46,5 @@ def run_each(script, args):
 def peak_memory():
     """{"peak_rss_gb", "gpu_gb"} of this process; None for the latter without a GPU."""
     gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
-    return {"peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+    return {"peak_rss_gb": round(resident("VmHWM") / 1e9, 2),
             "gpu_gb": gpu and round(gpu, 2)}

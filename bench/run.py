@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from files import InputError, Parser, run_main, whole, written_aside  # noqa: E402
+from files import InputError, Parser, resident, run_main, whole, written_aside  # noqa: E402
 
 SMOLLM2, MINILM = ROOT / "models/smollm2-135m-instruct", ROOT / "models/all-minilm-l6-v2"
 QUESTION = "What are the symptoms of an overactive thyroid, and how is it treated?"
@@ -38,7 +38,7 @@ OURS_FIRST = {"decode": ("ours", "transformers bf16", "llama.cpp bf16"),
 
 
 def peak_gb():
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6
+    return resident("VmHWM") / 1e9
 
 
 def trace():
@@ -138,6 +138,10 @@ def bf16_gguf():
 # ----- test-time training --------------------------------------------------------------------------------------------
 
 
+def task_of(loss_after):
+    return "ttt+loss" if loss_after else "ttt"
+
+
 def ttt_ours(loss_after=False, **settings):
     from model import generate, load_model
     from ttt import adapted
@@ -152,10 +156,10 @@ def ttt_ours(loss_after=False, **settings):
     seconds = time.perf_counter() - start
     if not report.applied or not report.restored:
         raise InputError(f"no step was taken: {report.reason}")
-    if loss_after:
-        return {"ttt+loss": seconds, "ttt+loss memory": peak_gb(), "loss": [report.loss_before, report.loss_after]}
-    return {"ttt": seconds, "ttt memory": peak_gb(), "adapt_s": report.adapt_s, "restore_s": report.restore_s,
-            "tokens": len(example[0]), "bytes a parameter added": added}
+    task = task_of(loss_after)
+    return {task: seconds, f"{task} memory": peak_gb(), "bytes a parameter added": added,
+            "adapt_s": report.adapt_s, "restore_s": report.restore_s, "tokens": len(example[0]),
+            "loss": [report.loss_before, report.loss_after]}
 
 
 def ttt_transformers(pad_to=None, loss_after=False, fused=False):
@@ -185,10 +189,8 @@ def ttt_transformers(pad_to=None, loss_after=False, fused=False):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(copy[name])
-    seconds, losses = time.perf_counter() - start, [loss.item() for loss in losses]
-    if loss_after:
-        return {"ttt+loss": seconds, "ttt+loss memory": peak_gb(), "loss": losses}
-    return {"ttt": seconds, "ttt memory": peak_gb()}
+    seconds, task = time.perf_counter() - start, task_of(loss_after)
+    return {task: seconds, f"{task} memory": peak_gb(), "loss": [loss.item() for loss in losses]}
 
 # ----- encode --------------------------------------------------------------------------------------------------------
 
