@@ -19,6 +19,7 @@ import platform
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -813,6 +814,64 @@ def decoder(model, cache):
     return step
 
 
+def recorded_decoder(model, cache):
+    """`decoder` for a GPU, to which a token of a small model is a thousand kernels, each shorter than its launch.
+
+    They are recorded once, as a CUDA graph, and replayed for each token, on the same memory: so the token and its place
+    are tensors, and attention goes over all places of the cache, those not yet filled hidden. Recording takes as long
+    as a few tokens. The weights are those of the model: a step sees what was changed in place.
+    """
+    forward, ids, position = one_token_forward(model, cache)
+    for _ in range(2):  # what a first call sets up cannot be recorded
+        forward()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        logits = forward()
+
+    def step(token):
+        if model.unusable:
+            raise RuntimeError(model.unusable)
+        ids.fill_(token)
+        position.fill_(cache.length)
+        graph.replay()
+        cache.length += 1
+        return logits
+    return step
+
+
+def one_token_forward(model, cache):
+    """(a function -> logits [V], ids [1, 1], position [1]): the plain forward of the token in `ids` at `position`, the
+    same kernels on the same memory wherever that is."""
+    device = model.norm.weight.device
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    position = torch.full((1,), cache.length, device=device)
+    places = torch.arange(cache.kv.shape[3], device=device)
+    cache.kv[:, :, :, cache.length:] = 0  # p = 0 there, and 0 times the NaN that may lie in fresh memory is NaN
+
+    def layer(i):
+        def extend(k, v):
+            return cache.k[i].index_copy_(2, position, k), cache.v[i].index_copy_(2, position, v)
+        return extend
+
+    def attend(hidden, q, k, v):
+        grouped = q.view(k.shape[1], -1, q.shape[3])  # the queries that share a key-value head, as rows
+        scores = product_fp32(grouped, k[0].mT).mul_(q.shape[3] ** -0.5).add_(hidden)
+        return (scores.softmax(-1).to(v.dtype) @ v[0]).view(q.shape)
+
+    def forward():
+        hidden = torch.zeros(places.shape, device=device).masked_fill_(places > position, -math.inf)
+        as_cache = SimpleNamespace(length=0, layer=layer)
+        return model(ids, positions=position, attend=functools.partial(attend, hidden), cache=as_cache)[0, -1]
+    return forward, ids, position
+
+
+def product_fp32(a, b):
+    """a @ b [N, …, …] in fp32; on a GPU without fp32 copies of bf16 a and b."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        return a.float() @ b.float()
+    return torch.bmm(a, b, out_dtype=torch.float32)
+
+
 def sample(logits, generator, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0):
     """One token id from logits [V]: temperature, then top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082).
 
@@ -820,22 +879,30 @@ def sample(logits, generator, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0):
     logits are not finite: then the weights are not sound.
     """
     lowest, highest = logits.aminmax()  # one quick pass that NaN and infinities come through
-    if not (highest - lowest).isfinite():
-        raise InputError("the model gives logits that are not finite numbers; expected sound weights")
+    sound = enough = (highest - lowest).isfinite()
     if temperature < 1e-5:  # logits divided by less would overflow
-        return int(logits.max(0).indices)  # the first of equals, as argmax, which is five times slower for bf16
-    logits = logits.float() / temperature
-    k = min(top_k or len(logits), len(logits))
-    values, order = logits.topk(min(k, 512))  # nearly always the nucleus lies here, and sorting all of V is slow
-    total = logits.logsumexp(0)
-    if k > 512 and (top_k or (values - total).exp().sum() < top_p):
-        values, order = logits.topk(k)
-    p = (values - (values.logsumexp(0) if top_k else total)).exp()  # descending
-    if top_p < 1:
-        p = p.where(p.cumsum(0) - p < top_p, 0)  # keeps the token that crosses top_p
-    if min_p > 0:
-        p = p.where(p >= min_p * p[0], 0)
-    return int(order[torch.multinomial(p, 1, generator=generator)])
+        token = logits.max(0).indices  # the first of equals, as argmax, which is five times slower for bf16
+    else:
+        logits = logits.float() / temperature
+        total = logits.logsumexp(0)
+
+        def draw(k):
+            """(one of the k likeliest, whether the nucleus lies among them)."""
+            values, order = logits.topk(k)
+            p = (values - (values.logsumexp(0) if top_k else total)).exp()  # descending
+            enough = p.sum() >= top_p
+            if top_p < 1:
+                p = p.where(p.cumsum(0) - p < top_p, 0)  # keeps the token that crosses top_p
+            if min_p > 0:
+                p = p.where(p >= min_p * p[0], 0)
+            # torch.multinomial's own way to draw one, without its checks, for each of which a GPU would have to wait
+            return order[p.div_(torch.empty_like(p).exponential_(generator=generator)).argmax()], enough
+        k = min(top_k or len(logits), len(logits))
+        token, enough = draw(k if top_k else min(k, 512))  # nearly always enough, and sorting all of V is slow
+    token, sound, enough = torch.stack([token, sound, enough]).tolist()  # a GPU's only wait
+    if not sound:
+        raise InputError("the model gives logits that are not finite numbers; expected sound weights")
+    return token if enough or top_k or k <= 512 else int(draw(k)[0])
 
 
 @contextlib.contextmanager
@@ -866,12 +933,13 @@ def generate(model, ids, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, to
     generator.manual_seed(seed) if seed is not None else generator.seed()
     max_new_tokens = min(max_new_tokens, limit - len(ids) + 1)
     cache = KVCache(model, len(ids) + max_new_tokens)
-    step, token = decoder(model, cache), None
+    step = token = None
     for _ in range(max_new_tokens):
         with torch.inference_mode(), onednn(token is None):
             if token is None:
                 logits = model(torch.tensor([ids], device=device), cache=cache, last_only=True)[0, -1]
             else:
+                step = step or (recorded_decoder if device.type == "cuda" else decoder)(model, cache)
                 logits = step(token)
             token = sample(logits, generator, temperature, top_p, top_k, min_p)
         yield token

@@ -323,15 +323,28 @@ def test_a_prompt_fed_in_pieces_through_the_cache_gives_the_same_logits(tmp_path
         torch.testing.assert_close(pieces, ours(ids), rtol=1e-5, atol=1e-5)
 
 
+def unrecorded_decoder(model, cache):
+    """What `recorded_decoder` records, without a GPU."""
+    forward, ids, position = M.one_token_forward(model, cache)
+
+    def step(token):
+        ids.fill_(token), position.fill_(cache.length)
+        cache.length += 1
+        return forward()
+    return step
+
+
+@pytest.mark.parametrize("decoder", [M.decoder, unrecorded_decoder])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_one_token_step_gives_the_logits_of_the_plain_forward(name, tmp_path):
+def test_the_one_token_step_gives_the_logits_of_the_plain_forward(name, decoder, tmp_path):
     """Also after the weights were changed in place, as test-time training does: the step keeps no copies of them."""
     _, ours = tiny_pair(name, tmp_path)
     ids = torch.randint(0, 300, (1, 12), generator=torch.Generator().manual_seed(5))
     cache = M.KVCache(ours, 12)
-    step = M.decoder(ours, cache)
+    cache.kv.fill_(math.nan)  # what fresh memory may hold
     with torch.no_grad():
         ours(ids[:, :5], cache=cache)
+        step = decoder(ours, cache)
         for position in range(5, 12):
             torch.testing.assert_close(step(int(ids[0, position])), ours(ids[:, :position + 1])[0, -1],
                                        rtol=1e-5, atol=1e-5)
@@ -341,7 +354,8 @@ def test_the_one_token_step_gives_the_logits_of_the_plain_forward(name, tmp_path
         torch.testing.assert_close(step(7), ours(torch.tensor([[7]]))[0, -1], rtol=1e-5, atol=1e-5)
 
 
-def test_the_one_token_step_in_bf16_is_as_near_to_fp32_as_the_plain_forward(tmp_path):
+@pytest.mark.parametrize("decoder", [M.decoder, unrecorded_decoder])
+def test_the_one_token_step_in_bf16_is_as_near_to_fp32_as_the_plain_forward(decoder, tmp_path):
     _, exact = tiny_pair("untied, llama3 scaling", tmp_path)
     for parameter in exact.parameters():
         parameter.data = parameter.data.bfloat16().float()
@@ -349,7 +363,7 @@ def test_the_one_token_step_in_bf16_is_as_near_to_fp32_as_the_plain_forward(tmp_
     half.load_state_dict(exact.state_dict())
     ids = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(6))
     cache = M.KVCache(half, 40)
-    step = M.decoder(half, cache)
+    step = decoder(half, cache)
     with torch.no_grad():
         expected, plain = exact(ids)[0], half(ids)[0]
         stepped = torch.stack([step(token) for token in ids[0].tolist()])
@@ -387,11 +401,10 @@ def reference_filter(logits, temperature, top_p, top_k, min_p):
     {"temperature": 0.9, "top_k": 20, "top_p": 0.8}, {"temperature": 1.0, "top_p": 1.0, "min_p": 0.2},
     {"temperature": 2.5, "top_p": 0.99}, {"temperature": 1.0, "top_p": 0.9, "top_k": 700}])
 def test_sampling_follows_the_filtered_distribution(settings, monkeypatch):
-    """The probabilities handed to multinomial are transformers'; peaked and flat logits, more than 512 of them."""
-    seen = {}
-    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: seen.update(p=p) or p.argmax()[None])
-    order = {}
-    real_topk = torch.Tensor.topk
+    """The probabilities one is drawn from are transformers'; peaked and flat logits, more than 512 of them."""
+    seen, order = {}, {}
+    real_div, real_topk = torch.Tensor.div_, torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "div_", lambda self, q: seen.update(p=self.clone()) or real_div(self, q))
     monkeypatch.setattr(torch.Tensor, "topk", lambda self, k: order.update(last=real_topk(self, k)) or order["last"])
     for spread in (0.3, 3.0):
         logits = spread * torch.randn(2000, generator=torch.Generator().manual_seed(4))
@@ -399,6 +412,14 @@ def test_sampling_follows_the_filtered_distribution(settings, monkeypatch):
         found = torch.zeros(2000).scatter(0, order["last"].indices, seen["p"] / seen["p"].sum())
         expected = reference_filter(logits, **{"top_k": 0, "min_p": 0.0, "top_p": 1.0, **settings}).float()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    logits = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5])
+    generator, n = torch.Generator().manual_seed(8), 20_000
+    found = torch.tensor([M.sample(logits, generator, 1.0, top_p=0.95) for _ in range(n)]).bincount(minlength=5) / n
+    expected = reference_filter(logits, 1.0, 0.95, 0, 0.0).float()
+    assert (found - expected).abs().max() < 4 * 0.5 / n ** 0.5 and found[3] == expected[3] == 0
 
 
 def test_sampling_is_repeatable_and_the_seed_matters(tmp_path):
