@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all test-gpu bench lint clean
 
 # Without a GPU, TORCH="--index-url URL torch" with the URL of PyTorch's CPU wheels saves gigabytes of CUDA packages.
 TORCH ?= torch
@@ -50,6 +50,9 @@ test: $(VENV)/test.done
 test-all: $(VENV)/test.done
 	$(BIN)/python demo/fetch.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --heavy
+
+test-gpu: $(VENV)/test.done
+	$(BIN)/python -m pytest --gpu tests/test_gpu.py
 
 bench: $(VENV)/bench.done
 	$(BIN)/python demo/fetch.py

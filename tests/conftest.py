@@ -25,11 +25,22 @@ torch.backends.cuda.matmul.allow_tf32 = False
 
 def pytest_addoption(parser):
     parser.addoption("--heavy", action="store_true", help="also the tests marked heavy: full sweeps")
+    parser.addoption("--gpu", action="store_true", help="the tests of tests/test_gpu.py, and only those")
+
+
+def pytest_configure(config):
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that the other tests do the same on every machine
 
 
 def pytest_collection_modifyitems(config, items):
+    gpu = config.getoption("--gpu")
+    if gpu and not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu: torch finds no CUDA device")
     for item in items:
-        if "heavy" in item.keywords and not config.getoption("--heavy"):
+        if ("gpu" in item.keywords) != gpu:
+            item.add_marker(pytest.mark.skip(reason="on a GPU only: make test-gpu" if not gpu else "not of --gpu"))
+        elif "heavy" in item.keywords and not config.getoption("--heavy"):
             item.add_marker(pytest.mark.skip(reason="heavy: runs with --heavy (make test-all)"))
 
 

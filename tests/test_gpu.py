@@ -1,0 +1,311 @@
+"""On a GPU: the same numbers as on a CPU, and what only a GPU has. Runs with `make test-gpu`."""
+import copy
+import json
+import math
+import os
+import socket
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from test_dpo import random_pairs
+from test_model import CONFIGS, reference_filter, tiny_pair
+from test_retrieve import texts, tiny_encoder
+from test_sft import random_examples
+from test_train import CONFIG, batches_for
+from test_train import tiny as tiny_folder  # noqa: F401 (a fixture)
+from test_ttt import bits, same, tiny, tiny_examples
+from torch.distributed.device_mesh import init_device_mesh
+
+import dpo
+import model as M
+import retrieve
+import sft
+import train
+import ttt
+from data import collate, collate_pairs
+from files import InputError
+from retrieve import Encoder
+from sft import loss_fn
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(model):
+    """A copy of `model` on the GPU."""
+    there = copy.deepcopy(model).cuda()
+    assert (there.head.weight is there.embed.weight) == model.config.tie_word_embeddings
+    return there
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.cpu() for name, p in model.named_parameters()}
+
+# ----- model and generation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_the_cpu(name, tmp_path):
+    _, here = tiny_pair(name, tmp_path)
+    there = on_gpu(here)
+    ids = torch.randint(0, 300, (2, 200), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        exact = here(ids)
+        torch.testing.assert_close(there(ids.cuda()).cpu(), exact, rtol=1e-4, atol=2e-5)
+        rounded = [model.to(torch.bfloat16)(ids.to(model.norm.weight.device)).cpu() for model in (there, here)]
+    errors = [(half.float() - exact).norm() / exact.norm() for half in rounded]
+    assert errors[0] <= 1.25 * errors[1] < 0.06, errors
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recorded_decoding_gives_the_tokens_of_the_cpu_and_of_changed_weights(name, tmp_path):
+    _, here = tiny_pair(name, tmp_path)
+    there = on_gpu(here)
+    for _ in range(2):
+        for seed in range(5):
+            prompt = torch.randint(0, 300, (20,), generator=torch.Generator().manual_seed(seed)).tolist()
+            greedy = partial(M.generate, ids=prompt, max_new_tokens=100, temperature=0)
+            assert list(greedy(there)) == list(greedy(here))
+        for model in (here, there):  # an adapted model generates with what it has now
+            for parameter in model.parameters():
+                parameter.data.mul_(1.25)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_recorded_step_sees_weights_changed_after_it_was_recorded(name, tmp_path):
+    there = on_gpu(tiny_pair(name, tmp_path)[1])
+    ids = torch.randint(0, 300, (1, 12), device="cuda")
+    cache = M.KVCache(there, 12)
+    cache.kv.fill_(math.nan)  # what fresh memory may hold
+    with torch.no_grad():
+        there(ids[:, :5], cache=cache)
+        step = M.recorded_decoder(there, cache)
+        for position in range(5, 12):
+            torch.testing.assert_close(step(int(ids[0, position])), there(ids[:, :position + 1])[0, -1],
+                                       rtol=1e-4, atol=1e-5)
+        for parameter in there.parameters():
+            parameter.mul_(1.5)
+        cache.length = 0
+        torch.testing.assert_close(step(7), there(torch.tensor([[7]], device="cuda"))[0, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_recorded_decoding_in_bf16_is_as_near_to_fp32_as_the_plain_forward(tmp_path):
+    half = on_gpu(tiny_pair("untied, llama3 scaling", tmp_path)[1]).bfloat16()
+    exact = copy.deepcopy(half).float()
+    ids = torch.randint(0, 300, (1, 40), device="cuda")
+    cache = M.KVCache(half, 40)
+    with torch.no_grad():
+        step = M.recorded_decoder(half, cache)
+        expected, plain = exact(ids)[0], half(ids)[0]
+        stepped = torch.stack([step(token).clone() for token in ids[0].tolist()])
+    errors = [(logits.float() - expected).norm() / expected.norm() for logits in (stepped, plain)]
+    assert errors[0] <= 1.25 * errors[1] < 0.05, errors
+
+
+def test_sampling_on_the_gpu():
+    logits = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5])
+    generator, n = torch.Generator("cuda").manual_seed(8), 5_000
+    drawn = torch.tensor([M.sample(logits.cuda(), generator, 1.0, top_p=0.95) for _ in range(n)])
+    found, expected = drawn.bincount(minlength=5) / n, reference_filter(logits, 1.0, 0.95, 0, 0.0).float()
+    assert (found - expected).abs().max() < 4 * 0.5 / n ** 0.5 and found[3] == expected[3] == 0
+    for temperature in (0, 1.0):
+        with pytest.raises(InputError, match="not finite"):
+            M.sample(torch.tensor([0.0, math.nan, 1.0], device="cuda"), generator, temperature)
+    assert torch.ones(1, device="cuda").item() == 1  # no assertion on the device has ended the process's use of it
+
+
+def test_stochastic_rounding_is_unbiased_on_the_gpu():
+    exact = torch.randn(1 << 20, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    low = (exact.view(torch.int32) & -0x10000).view(torch.float32)
+    high = ((exact.view(torch.int32) & -0x10000) + 0x10000).view(torch.float32)
+    generator, n, total = torch.Generator("cuda").manual_seed(1), 64, torch.zeros_like(exact)
+    for _ in range(n):
+        target = torch.empty_like(exact, dtype=torch.bfloat16)
+        M.stochastic_round_(target, exact, generator)
+        assert ((target == low) | (target == high)).all()
+        total += target.float()
+    error = ((total / n - exact) / (high - low)).mean()
+    assert abs(error) < 4 * 0.5 / (n * len(exact)) ** 0.5
+
+# ----- test-time training --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["signsgd", "adamw", "sgd"])
+def test_fp32_steps_are_those_of_the_cpu(optimizer):
+    """lr 1e-3, and small gradients apart: where g is near 0, the sign of a last bit would decide a whole step."""
+    here = tiny(torch.float32)
+    there = on_gpu(here)
+    for model in (here, there):
+        ttt.take_steps(model, tiny_examples(), ttt.make_update(optimizer, 1e-3, None, eps=1e-3), 2)
+    for ours, theirs in zip(there.parameters(), here.parameters()):
+        torch.testing.assert_close(ours.detach().cpu(), theirs.detach(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("snapshot_device", ["cpu", "cuda"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_everything_is_as_it_was_on_the_gpu(snapshot_device, recompute):
+    model = tiny(tied=False).cuda()
+    before, rng = bits(model), torch.cuda.get_rng_state()
+    ids = list(range(20))
+
+    def ask():
+        with ttt.adapted(model, tiny_examples(), lr=1e-3, snapshot_device=snapshot_device,
+                         activation_checkpointing=recompute) as report:
+            assert report.applied and report.loss_after < report.loss_before and not same(model, before)
+            torch.randn(3, device="cuda")
+            return list(M.generate(model, ids, max_new_tokens=20, temperature=1.0))
+    first = ask()
+    held = torch.cuda.memory_allocated()
+    for _ in range(20):
+        assert ask() == first
+    assert same(model, before) and torch.equal(torch.cuda.get_rng_state(), rng)
+    assert torch.cuda.memory_allocated() == held and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, torch.OutOfMemoryError])
+def test_restored_whatever_happens_on_the_gpu(kind):
+    model = tiny().cuda()
+    before = bits(model)
+    with pytest.raises(kind), ttt.adapted(model, tiny_examples(), lr=1e-2):
+        raise kind
+    assert same(model, before) and model.unusable is None
+
+
+def test_the_digest_sees_every_bit_on_the_gpu():
+    model = tiny().cuda()
+    before = ttt.digest(model)
+    for weight in model.parameters():
+        word = weight.data.view(-1).view(torch.int16)
+        for place in (0, len(word) // 2, -1):
+            word[place] ^= 1
+            assert ttt.digest(model) != before
+            word[place] ^= 1
+    assert ttt.digest(model) == before
+
+
+def test_the_bf16_step_is_kept_on_the_gpu():
+    """The mean of many stochastically rounded steps is the fp32 step; rounding to nearest would leave 0 of most."""
+    whole = on_gpu(tiny(torch.bfloat16))
+    exact = copy.deepcopy(whole).float()
+    start = [weight.detach().clone() for weight in exact.parameters()]
+    ttt.take_steps(exact, tiny_examples(1), ttt.make_update("signsgd", 1e-5, None), 1)
+    moved, wanted = 0, sum((now - then).abs().sum() for now, then in zip(exact.parameters(), start))
+    for seed in range(8):
+        half = copy.deepcopy(whole)
+        update = ttt.make_update("signsgd", 1e-5, torch.Generator("cuda").manual_seed(seed))
+        ttt.take_steps(half, tiny_examples(1), update, 1)
+        moved += sum(((now.float() - then) * (target - then).sign()).sum() for now, then, target in
+                     zip(half.parameters(), start, exact.parameters()))
+    assert 0.8 < moved / 8 / wanted < 1.2
+
+# ----- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sft_gradients_are_those_of_the_cpu(checkpointing):
+    here = M.Llama(CONFIG_300).init_weights(1)
+    there = on_gpu(here)
+    for layer in (*here.layers, *there.layers):
+        layer.checkpointing = checkpointing
+    batch = collate(random_examples([30, 7, 31, 120, 5]))
+    found = gradients(there, loss_fn(there, train.on_device(batch, torch.device("cuda")))[0])
+    for name, expected in gradients(here, loss_fn(here, batch)[0]).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_dpo_gradients_are_those_of_the_cpu():
+    here = M.Llama(CONFIG_300).init_weights(1)
+    there = on_gpu(here)
+    batch = collate_pairs(random_pairs([(7, 5, 9), (3, 12, 4), (20, 6, 6)]))
+    logps = dpo.pair_logps(here, batch), dpo.pair_logps(there, train.on_device(batch, torch.device("cuda")))
+    torch.testing.assert_close(logps[1].detach().cpu(), logps[0].detach(), rtol=1e-4, atol=1e-3)
+    found = gradients(there, (logps[1][:, 0] - logps[1][:, 1]).sum())
+    for name, expected in gradients(here, (logps[0][:, 0] - logps[0][:, 1]).sum()).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+CONFIG_300 = replace(CONFIG, vocab_size=300)
+
+
+@pytest.fixture
+def nccl():
+    """The World of one rank that is sharded all the same: FSDP2 over NCCL."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    torch.cuda.set_device(0)
+    dist.init_process_group("cpu:gloo,cuda:nccl", rank=0, world_size=1)
+    yield train.World(0, 1, torch.device("cuda:0"), init_device_mesh("cuda", (1,), mesh_dim_names=("shard",)))
+    dist.destroy_process_group()
+
+
+def trained(folder, world, dtype=torch.float32, out=None, resume=None):
+    """([loss of each step], Training) of 6 steps, a checkpoint after 3; `resume`: only the steps after that one."""
+    training, losses = train.load_training(folder, world, dtype=dtype), []
+    if resume:
+        train.load_checkpoint(training, resume, json.loads((resume / "state.json").read_text()))
+
+    def noting(*args):
+        row, rows = take_step(*args)
+        losses.append(row["loss"])
+        assert world.device.type == "cpu" or row["mfu"] >= 0
+        return row, rows
+    take_step = train.take_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "take_step", noting)
+        train.fit(training, batches_for(world), loss_fn, steps=6, lr=1e-3, out=out, save_every=3)
+    return losses, training
+
+
+def test_a_run_sharded_over_nccl_is_that_of_one_process_and_of_the_cpu(tiny_folder, nccl):  # noqa: F811
+    gpu = train.World(0, 1, torch.device("cuda:0"))
+    runs = [trained(tiny_folder, world) for world in (train.World(0, 1, torch.device("cpu")), gpu, nccl)]
+    for losses, training in runs[1:]:
+        assert losses == pytest.approx(runs[0][0], rel=1e-5)
+        for name, master in training.masters.items():
+            # AdamW makes of a gradient's last bits, where it is near 0, a part of a step of 1e-3
+            torch.testing.assert_close(master.detach().cpu(), runs[0][1].masters[name].detach(), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_bf16_run_goes_on_where_it_was_stopped(sharded, nccl, tiny_folder, tmp_path):  # noqa: F811
+    world = nccl if sharded else train.World(0, 1, torch.device("cuda:0"))
+    losses, _ = trained(tiny_folder, world, torch.bfloat16, tmp_path)
+    again, resumed = trained(tiny_folder, world, torch.bfloat16, resume=tmp_path / "checkpoints/step-000003")
+    assert resumed.step == 6 and losses[3:] == pytest.approx(again, rel=1e-3)
+
+
+def test_the_programs_run_on_the_gpu(base, tmp_path, capsys):
+    """SFT → DPO → index → a question; each starts from what the one before has written."""
+    demo = ROOT / "demo/data"
+    small = ["--device", "cuda", "--max-steps", "2", "--batch-size", "4", "--val-rows", "2", "--max-length", "512"]
+    sft.main(["--stage", "1", "--model", str(base), "--data", str(demo / "sft_all.jsonl"),
+              "--out", str(tmp_path / "sft"), *small])
+    dpo.main(["--model", str(tmp_path / "sft/model"), "--data", str(demo / "pairs.jsonl"),
+              "--out", str(tmp_path / "dpo"), *small])
+    rows = [json.loads(line) for line in (tmp_path / "dpo/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-2)  # policy and reference agree
+    assert 0 < rows[-1]["peak_memory_gb"] < 4
+    tiny_encoder(tmp_path / "encoder")
+    retrieve.main(["build", "--data", str(demo / "traces.jsonl"), "--encoder", str(tmp_path / "encoder"),
+                   "--out", str(tmp_path / "index"), "--device", "cuda"])
+    capsys.readouterr()
+    ttt.main(["--question", "Why does the heart fail?", "--model", str(tmp_path / "dpo/model"), "--device", "cuda",
+              "--index", str(tmp_path / "index"), "--max-new-tokens", "20", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ttt"]["applied"] and answer["restored"]
+    assert answer["ttt"]["loss_after"] < answer["ttt"]["loss_before"]
+
+# ----- the encoder ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_vectors_are_those_of_the_cpu(pooling, tmp_path):
+    tiny_encoder(tmp_path / "encoder", pooling)
+    vectors = [Encoder.from_dir(tmp_path / "encoder", device).encode(texts(300)) for device in ("cpu", "cuda")]
+    assert (vectors[0] * vectors[1]).sum(1).min() > 0.99999
