@@ -137,7 +137,8 @@ def stochastic_rounder(target, generator, words=None):
     number) mod 2^32. That is uniform for each weight, for an odd factor only permutes the 2^32 values; and what two
     slices take is independent but for the power of two in x, which matters for one x in 2^16. `words`: the x, from
     `random_words`, for several targets to share; else each target draws its own. Who knows whether a source is finite
-    throughout says so as the third argument of the function.
+    throughout says so as the third argument of the function; on a GPU, where asking would mean waiting, NaN is then not
+    kept.
     """
     sizes = [len(part) for part in slices(target)]
     x = draw_int32(max(sizes, default=0), generator, target.device) if words is None else words
@@ -148,8 +149,11 @@ def stochastic_rounder(target, generator, words=None):
         bits = (x[:len(rounded)] * next(factors)).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
         bits.add_(exact.view(torch.int32)).bitwise_and_(-0x10000)
         nearby = bits.view(torch.float32)
-        if exact.device.type != "cpu" or not (exact.sum().isfinite() if finite is None else finite):
-            nearby = torch.where(exact == exact, nearby, torch.nan)  # always on a GPU, which the question makes wait
+        on_cpu = exact.device.type == "cpu"
+        if on_cpu and finite is None:
+            finite = exact.sum().isfinite()
+        if finite is None or (on_cpu and not finite):
+            nearby = torch.where(exact == exact, nearby, torch.nan)
         rounded.copy_(nearby)
     return round_
 
@@ -845,7 +849,6 @@ def one_token_forward(model, cache):
     device = model.norm.weight.device
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
     position = torch.full((1,), cache.length, device=device)
-    places = torch.arange(cache.kv.shape[3], device=device)
     cache.kv[:, :, :, cache.length:] = 0  # p = 0 there, and 0 times the NaN that may lie in fresh memory is NaN
 
     def layer(i):
@@ -859,7 +862,8 @@ def one_token_forward(model, cache):
         return (scores.softmax(-1).to(v.dtype) @ v[0]).view(q.shape)
 
     def forward():
-        hidden = torch.zeros(places.shape, device=device).masked_fill_(places > position, -math.inf)
+        places = torch.arange(cache.kv.shape[3], device=device)  # here, for a graph keeps alive only what it makes
+        hidden = torch.zeros(len(places), device=device).masked_fill_(places > position, -math.inf)
         as_cache = SimpleNamespace(length=0, layer=layer)
         return model(ids, positions=position, attend=functools.partial(attend, hidden), cache=as_cache)[0, -1]
     return forward, ids, position

@@ -16,10 +16,10 @@ bf16 rounded stochastically 2.157 (all of it). At 5e-5: 1.671, 2.250, 1.671.
 
 Memory: 2 bytes a parameter on the device (the bf16 weights), the gradient of the layer at hand (each is used and freed
 as soon as it is complete; on a CPU that of a tied embedding and head is held until both have added to it), and the
-activations of one trace; 2 bytes a parameter in host memory (the snapshot). `--optimizer adamw` keeps two fp32 moments
-across the neighbours: 8 bytes a parameter more. By this count an 8B model and 2,048 tokens take 16.1 GB of weights,
-1.1 GB for the head's gradient, 0.6 GB for the inputs of the layers (they are recomputed from these in backward) and
-0.9 GB for logits: a 24 GB card.
+activations of one trace; 2 bytes a parameter for the snapshot, in host memory, or on a GPU that has room for two more.
+`--optimizer adamw` keeps two fp32 moments across the neighbours: 8 bytes a parameter more. An 8B model and a trace of
+2,048 tokens: 16.1 GB of weights, 1.1 GB for the head's gradient, 0.6 GB for the inputs of the layers (they are
+recomputed from these in backward), 0.9 GB for logits; bench/gpu.py finds a peak of 18.4 GB. A 24 GB card will do.
 
     python ttt.py --question "…"                                    one question
     python ttt.py --questions FILE.jsonl --out ANSWERS.jsonl        many; run again to go on where it stopped
@@ -78,16 +78,16 @@ def make_update(optimizer, lr, generator, eps=1e-8, betas=(0.9, 0.999)):
         finite = torch.ones((), dtype=torch.bool, device=weight.device)
         for w, g, *moment in zip(*map(slices, whole)):
             g = g.float()
+            exact = w.float()  # of fp32 this is w itself
             if optimizer == "signsgd":
-                step = g / g.abs().add_(eps)
+                exact.addcdiv_(g, g.abs().add_(eps), value=-lr)
             elif optimizer == "sgd":
-                step = g
+                exact.sub_(g, alpha=lr)
             else:
                 t, (m, v) = state[0], moment
                 m.lerp_(g, 1 - betas[0])
                 v.lerp_(g * g, 1 - betas[1])
-                step = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
-            exact = w.float().sub_(step, alpha=lr)  # of fp32 this is w itself
+                exact.addcdiv_(m, (v / (1 - betas[1] ** t)).sqrt_().add_(eps), value=-lr / (1 - betas[0] ** t))
             sound = exact.sum().isfinite()
             finite &= sound
             if round_:
@@ -200,12 +200,12 @@ class Snapshot:
 
     def __init__(self, model, device="cpu"):
         self.model = model
-        self.weights = {name: tensor.detach().to(device, copy=True) for name, tensor in state_of(model)}
+        self.weights = {name: copied(tensor.detach(), device) for name, tensor in state_of(model)}
         self.requires_grad = {name: weight.requires_grad for name, weight in model.named_parameters()}
         self.modes = {module: (module.training, getattr(module, "checkpointing", None)) for module in model.modules()}
         self.rng = torch.get_rng_state()
         self.cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        self.digest = digest(model)
+        self.digest = digest(model)  # waits for the copies as well
         self.hooks = []  # of take_steps
 
     def restore(self):
@@ -213,7 +213,7 @@ class Snapshot:
         remove(self.hooks)
         with torch.no_grad():
             for name, tensor in state_of(self.model):
-                tensor.copy_(self.weights[name])
+                tensor.copy_(self.weights[name], non_blocking=True)  # the digest below waits for it
         for name, weight in self.model.named_parameters():
             weight.grad = None
             vars(weight).pop("main_grad", None)
@@ -227,6 +227,25 @@ class Snapshot:
             torch.cuda.set_rng_state_all(self.cuda_rng)
         if digest(self.model) != self.digest:
             raise RuntimeError("the weights could not be restored after test-time training; load the model anew")
+
+
+def copied(tensor, device):
+    """A copy on `device`. A GPU's goes to pinned host memory, 7 times as fast (55 GB/s) as to other; torch keeps such
+    memory for the next question, for to get it takes longer: 0.4 s a GB."""
+    if tensor.is_cuda and torch.device(device).type == "cpu":
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    return tensor.to(device, copy=True)
+
+
+def place_for_snapshot(model):
+    """The model's device, if the weights fit there once more and as much again stays free; else the host's memory."""
+    weight = model.norm.weight
+    if weight.is_cuda:
+        size = sum(tensor.numel() * tensor.element_size() for _, tensor in state_of(model))
+        unused = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+        if torch.cuda.mem_get_info(weight.device)[0] + unused > 2 * size:
+            return weight.device
+    return torch.device("cpu")
 
 
 LOCKS = weakref.WeakKeyDictionary()  # model: the lock that keeps two questions apart
@@ -246,7 +265,7 @@ class Report:
 
 @contextlib.contextmanager
 def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, activation_checkpointing=None,
-            snapshot_device="cpu", loss_after=True):
+            snapshot_device=None, loss_after=True):
     """Context manager: inside it the model has taken its steps on `examples`, after it the model is what it was.
 
     examples: [(ids, labels), …] as `data.training_example` makes them, nearest first. Yields a Report. Whatever leaves
@@ -256,6 +275,7 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
     gradient or step is not finite, the block runs with the weights as they were and the report says why. `loss_after`
     False saves the forward pass that measures what the steps brought, and with it the check that this loss is finite.
     The activations of a model of more than a billion parameters are computed again in backward, unless told otherwise.
+    `snapshot_device` is where the original weights wait: by default as `place_for_snapshot` says.
     """
     report, recompute = Report(), activation_checkpointing
     if recompute is None:
@@ -269,7 +289,7 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
             report.reason, report.restored = "no neighbour to learn from", True
             yield report
             return
-        snapshot = Snapshot(model, snapshot_device)
+        snapshot = Snapshot(model, snapshot_device or place_for_snapshot(model))
         try:
             try:
                 generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
@@ -361,9 +381,10 @@ class Answerer:
                                        question_of(self.index.records[i], self.index.manifest["field"])})
                     examples.append(self.example(i, system))
         retrieve_s = time.perf_counter() - start
+        where = {"auto": None, "host": "cpu", "device": self.model.norm.weight.device}[s["snapshot"]]
         with adapted(self.model, examples, steps=s["steps"], lr=s["lr"], optimizer=s["optimizer"], seed=s["seed"],
                      activation_checkpointing=s["activation_checkpointing"],
-                     snapshot_device="cpu" if s["snapshot"] == "host" else self.model.norm.weight.device) as report:
+                     snapshot_device=where) as report:
             if not s["ttt"]:
                 report.reason = "switched off"
             if on_neighbours:
@@ -452,8 +473,8 @@ def parse_args(argv=None):
     parser.add_argument("--activation-checkpointing", action=argparse.BooleanOptionalAction,
                         default=argparse.SUPPRESS, help="recompute activations in backward: an eighth more time, a "
                         "fifth less memory (measured; default: for models of more than a billion parameters)")
-    parser.add_argument("--snapshot", choices=("host", "device"), default="host", 
-                        help="where the original weights wait")
+    parser.add_argument("--snapshot", choices=("auto", "host", "device"), default="auto",
+                        help="where the original weights wait; auto: on the device, if it has room for them twice")
     parser.add_argument("--max-new-tokens", type=whole(1), default=2048, help="longest answer (paper: 2048)")
     parser.add_argument("--temperature", type=number(0), default=0.7, help="0 is greedy (paper: 0.7)")
     parser.add_argument("--top-p", type=number(0, 1, open_end=True), default=0.95, help="nucleus (paper: 0.95)")
