@@ -900,7 +900,8 @@ def sample(logits, generator, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0):
             if min_p > 0:
                 p = p.where(p >= min_p * p[0], 0)
             # torch.multinomial's own way to draw one, without its checks, for each of which a GPU would have to wait
-            return order[p.div_(torch.empty_like(p).exponential_(generator=generator)).argmax()], enough
+            drawn = p.div_(torch.empty_like(p).exponential_(generator=generator)).argmax()
+            return order.take(drawn), enough  # order[drawn] would wait
         k = min(top_k or len(logits), len(logits))
         token, enough = draw(k if top_k else min(k, 512))  # nearly always enough, and sorting all of V is slow
     token, sound, enough = torch.stack([token, sound, enough]).tolist()  # a GPU's only wait

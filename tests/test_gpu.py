@@ -4,6 +4,7 @@ import json
 import math
 import os
 import socket
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -117,6 +118,21 @@ def test_sampling_on_the_gpu():
         with pytest.raises(InputError, match="not finite"):
             M.sample(torch.tensor([0.0, math.nan, 1.0], device="cuda"), generator, temperature)
     assert torch.ones(1, device="cuda").item() == 1  # no assertion on the device has ended the process's use of it
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_a_token_is_waited_for_once(temperature):
+    logits = torch.randn(5000, device="cuda") * 5  # more than 512, and the nucleus among the likeliest of them
+    generator = torch.Generator("cuda").manual_seed(0)
+    M.sample(logits, generator, temperature)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            M.sample(logits, generator, temperature)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1, [str(one.message) for one in waits]
 
 
 def test_stochastic_rounding_is_unbiased_on_the_gpu():
