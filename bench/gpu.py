@@ -4,7 +4,7 @@
 
 Each measurement is a process of its own, so that its peak memory is its own:
   decode  128 greedy tokens after a prompt of 128, per second from the first on, the second time; beside transformers'
-          generate with its default cache and with a static, compiled one
+          generate with its default cache, which grows, and with a static one, compiled
   ttt     one question: snapshot, one step on a trace of 2,048 tokens, 128 new tokens, restore; the second in a process,
           beside what one writes with transformers: a copy of the weights, AdamW, one step, generate, the copy put back,
           all in bf16, rounded to nearest (fp32 would take 128 GB and more); and as on a card of 24 GB
@@ -124,7 +124,7 @@ def ttt_theirs(folder):
     for _ in range(2):
         start = clock()
         model.train()
-        copy = {name: weight.detach().cpu() for name, weight in model.named_parameters()}
+        copy = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -170,7 +170,7 @@ def sft_ours(folder, rows=8, steps=3):
 # ----- the table -----------------------------------------------------------------------------------------------------
 
 SIDES = {
-    "decode": {"ours": decode_ours, "transformers": decode_theirs,
+    "decode": {"ours": decode_ours, "transformers, dynamic cache": decode_theirs,
                "transformers, static cache": lambda folder: decode_theirs(folder, cache_implementation="static")},
     "ttt": {"ours": lambda folder: ttt_ours(folder, "cuda"),
             "ours, snapshot in host memory, within 24 GB": lambda folder: ttt_ours(folder, "cpu", 24),
