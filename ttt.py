@@ -196,24 +196,46 @@ def state_of(model):
 
 
 class Snapshot:
-    """All that adaptation may change about a model, and the way back."""
+    """All that adaptation may change about a model, and the way back.
+
+    A weight is copied just before it changes: in backward, into memory that the activations have left by then.
+    """
 
     def __init__(self, model, device="cpu"):
-        self.model = model
-        self.weights = {name: copied(tensor.detach(), device) for name, tensor in state_of(model)}
+        self.model, self.device = model, device
+        self.names = {tensor: name for name, tensor in state_of(model)}  # tied ones once
+        self.weights = {}  # {name: the copy}
         self.requires_grad = {name: weight.requires_grad for name, weight in model.named_parameters()}
         self.modes = {module: (module.training, getattr(module, "checkpointing", None)) for module in model.modules()}
         self.rng = torch.get_rng_state()
         self.cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        self.digest = digest(model)  # waits for the copies as well
+        self.digest = digest(model)
         self.hooks = []  # of take_steps
+
+    def keep(self, tensor):
+        """Copies a parameter or buffer, once."""
+        name = self.names[tensor]
+        if name not in self.weights:
+            self.weights[name] = copied(tensor.detach(), self.device)
+
+    def keep_all(self):
+        for tensor in self.names:
+            self.keep(tensor)
+
+    def before(self, update):
+        """`update` that keeps the weight first."""
+        def kept_update(weight, grad):
+            self.keep(weight)
+            return update(weight, grad)
+        return kept_update
 
     def restore(self):
         """Puts everything back, in place; may be called again when it was interrupted. RuntimeError if it cannot."""
         remove(self.hooks)
         with torch.no_grad():
             for name, tensor in state_of(self.model):
-                tensor.copy_(self.weights[name], non_blocking=True)  # the digest below waits for it
+                if name in self.weights:
+                    tensor.copy_(self.weights[name], non_blocking=True)  # the digest below waits for it
         for name, weight in self.model.named_parameters():
             weight.grad = None
             vars(weight).pop("main_grad", None)
@@ -297,8 +319,9 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
                 for layer in model.layers:
                     layer.checkpointing = recompute
                 try:
-                    report.loss_before = take_steps(model, examples, make_update(optimizer, lr, generator), steps,
-                                                    snapshot.hooks)  # moments end with it
+                    report.loss_before = take_steps(
+                        model, examples, snapshot.before(make_update(optimizer, lr, generator)), steps,
+                        snapshot.hooks)  # moments end with it
                     if loss_after:
                         with torch.no_grad():
                             report.loss_after = example_loss(model, examples[0]).item()
@@ -308,6 +331,7 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
                 except NotFinite as error:
                     report.reason = str(error)
                     snapshot.restore()
+                snapshot.keep_all()  # what the block itself changes is put back as well
                 report.adapt_s = time.perf_counter() - start
                 yield report
             finally:

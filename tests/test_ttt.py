@@ -180,7 +180,27 @@ def test_everything_is_as_it_was(settings):
 
 def test_tied_weights_are_copied_once():
     snapshot = ttt.Snapshot(tiny())
+    snapshot.keep_all()
     assert "embed.weight" in snapshot.weights and "head.weight" not in snapshot.weights
+
+
+def test_a_weight_is_copied_when_it_is_about_to_change(monkeypatch):
+    model, copies, copied, make_update = tiny(tied=False), [], ttt.copied, ttt.make_update
+    monkeypatch.setattr(ttt, "copied", lambda *args: copies.append(copied(*args)) or copies[-1])
+
+    def counting(*args):
+        update, weights = make_update(*args), []
+
+        def counted(weight, grad):
+            weights.append(weight)
+            assert len(copies) == min(len(weights), len(before))  # the second example needs none
+            return update(weight, grad)
+        return counted
+    monkeypatch.setattr(ttt, "make_update", counting)
+    before = bits(model)
+    with ttt.adapted(model, tiny_examples(2)):
+        assert len(copies) == len(before)
+    assert same(model, before)
 
 
 def test_200_cycles_change_nothing_and_leak_nothing():
@@ -201,14 +221,16 @@ class Sudden(BaseException):
 
 KINDS = {"ValueError": ValueError, "KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit,
          "MemoryError": MemoryError, "BaseException": Sudden, "SIGTERM": SystemExit}
-POINTS = ["hooks half set", "before the first forward", "first gradient", "middle gradient", "last gradient",
-          "hooks to be removed", "loss afterwards", "start of the block", "while generating", "end of the block"]
+POINTS = ["hooks half set", "before the first forward", "first gradient", "middle copy", "middle gradient",
+          "last gradient", "hooks to be removed", "last copy", "loss afterwards", "start of the block",
+          "while generating", "end of the block"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("point", POINTS)
 def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
     model, left = tiny(), []
+    model.register_buffer("counter", torch.arange(3))  # has no gradient: copied last
     before = bits(model)
 
     def strike():
@@ -237,6 +259,14 @@ def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
         if len(losses) == {"before the first forward": 1, "loss afterwards": 2}.get(point):
             strike()
         return example_loss(*args)
+    copied, copies = ttt.copied, []
+
+    def striking_copy(*args):
+        copies.append(1)
+        if len(copies) == {"middle copy": updates // 2, "last copy": updates + 1}.get(point):
+            strike()
+        return copied(*args)
+    monkeypatch.setattr(ttt, "copied", striking_copy)
     monkeypatch.setattr(ttt, "make_update", striking_update)
     monkeypatch.setattr(ttt, "example_loss", striking_loss)
     set_hook, remove, hooks = torch.Tensor.register_post_accumulate_grad_hook, ttt.remove, []
