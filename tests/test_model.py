@@ -112,18 +112,18 @@ def test_a_confident_token_keeps_its_small_gradient_in_bf16():
 
 
 @pytest.mark.parametrize("kept_keys", [512, 0])
-@pytest.mark.parametrize("queries, keys, heads", [(300, 300, 9), (1, 1, 3), (128, 128, 3), (50, 300, 6), (129, 130, 3)])
-def test_blocked_attention_is_masked_attention(queries, keys, heads, kept_keys, monkeypatch):
-    """Output and gradients in fp32 against one softmax over all scores; 3 key-value heads; p kept and computed again.
-    """
+@pytest.mark.parametrize("queries, keys, heads, key_heads", [
+    (300, 300, 9, 3), (1, 1, 3, 3), (128, 128, 3, 3), (50, 300, 6, 3), (129, 130, 3, 3), (140, 140, 4, 1)])
+def test_blocked_attention_is_masked_attention(queries, keys, heads, key_heads, kept_keys, monkeypatch):
+    """Output and gradients in fp32 against one softmax over all scores; p kept and computed again."""
     monkeypatch.setattr(M, "KEPT_KEYS", kept_keys)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, n, length, 16, generator=generator).requires_grad_()
-               for n, length in ((heads, queries), (3, keys), (3, keys)))
+               for n, length in ((heads, queries), (key_heads, keys), (key_heads, keys)))
     grad = torch.randn(q.shape, generator=generator)
-    scores = q @ k.repeat_interleave(heads // 3, 1).mT / 4
+    scores = q @ k.repeat_interleave(heads // key_heads, 1).mT / 4
     seen = torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries
-    expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.repeat_interleave(heads // 3, 1)
+    expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.repeat_interleave(heads // key_heads, 1)
     found = M.BlockedAttention.apply(q, k, v)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for own, other in zip(torch.autograd.grad(found, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):

@@ -386,10 +386,13 @@ def test_without_a_neighbour_the_answer_is_the_models_own(examples, reason):
     assert report.restored
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient", "loss afterwards"])
+@pytest.mark.parametrize("what, settings", [
+    ("loss", {}), ("loss afterwards", {}), ("gradient", {}), ("gradient", {"optimizer": "adamw"}),
+    ("gradient", {"optimizer": "sgd"}), ("gradient", {"dtype": torch.float32})], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_number_that_is_not_finite_gives_the_models_own_answer_and_the_reason(what, value, monkeypatch):
-    model = tiny()
+def test_a_number_that_is_not_finite_gives_the_models_own_answer_and_the_reason(what, settings, value, monkeypatch):
+    settings = dict(settings)
+    model = tiny(settings.pop("dtype", torch.bfloat16))
     before, calls, example_loss = bits(model), [], ttt.example_loss
     if what == "gradient":
         def poison(grad):
@@ -402,8 +405,9 @@ def test_a_number_that_is_not_finite_gives_the_models_own_answer_and_the_reason(
         calls.append(1)
         return example_loss(*args) + (value if len(calls) == {"loss": 1, "loss afterwards": 2}.get(what) else 0)
     monkeypatch.setattr(ttt, "example_loss", faulty)
-    with ttt.adapted(model, tiny_examples(1)) as report:
+    with ttt.adapted(model, tiny_examples(1), **settings) as report:
         assert not report.applied and what.split()[0] in report.reason and same(model, before)
+        model.norm.weight.data.zero_()
     assert report.restored and same(model, before)
 
 # ----- the program ---------------------------------------------------------------------------------------------------
