@@ -17,6 +17,7 @@ import json
 import math
 import platform
 import shutil
+import threading
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -760,16 +761,15 @@ class KVCache:
 
 
 def rms_norm_vector(x, weight, eps, zeros):
-    """RMSNorm of one vector [D]; `zeros` is a vector of them. On a CPU in two operations where F.rms_norm needs eight,
-    each of which costs more than its arithmetic; a GPU has one kernel for it, and would have to wait for `item`."""
-    if x.device.type != "cpu":
-        return F.rms_norm(x, x.shape, weight, eps)
+    """RMSNorm of one vector [D] on a CPU; `zeros` is a vector of them. Two operations where F.rms_norm needs eight,
+    each of which costs more than its arithmetic."""
     length = torch.linalg.vector_norm(x, dtype=torch.float32).item()
     return torch.addcmul(zeros, x, weight, value=(length * length / len(x) + eps) ** -0.5)
 
 
 def decoder(model, cache):
-    """A function token -> logits [V]: what `model` gives for one more token of the one text in `cache`, with less ado.
+    """A function token -> logits [V]: what `model` gives for one more token of the one text in `cache`, with less ado;
+    for a CPU.
 
     A token's time should go into reading the weights. So here are no modules and nothing is allocated that can be kept:
     every intermediate is a vector of the weights' dtype with its place, and every view on it is made once. The weights
@@ -822,25 +822,39 @@ def recorded_decoder(model, cache):
     """`decoder` for a GPU, to which a token of a small model is a thousand kernels, each shorter than its launch.
 
     They are recorded once, as a CUDA graph, and replayed for each token, on the same memory: so the token and its place
-    are tensors, and attention goes over all places of the cache, those not yet filled hidden. Recording takes as long
-    as a few tokens. The weights are those of the model: a step sees what was changed in place.
+    are tensors, attention goes over all places of the cache, those not yet filled hidden, and the logits are written
+    over by the next step. Recording takes as long as a few tokens. The weights are those of the model: a step sees what
+    was changed in place. Call it as it was made, without gradients or in inference mode.
     """
     forward, ids, position = one_token_forward(model, cache)
+    device, graph = ids.device, torch.cuda.CUDAGraph()
     for _ in range(2):  # what a first call sets up cannot be recorded
         forward()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # "thread_local": what other threads ask of the GPU meanwhile is not recorded and does no harm
+    with RECORDING, torch.cuda.device(device), torch.cuda.graph(graph, stream=recording_stream(device),
+                                                                capture_error_mode="thread_local"):
         logits = forward()
 
     def step(token):
         if model.unusable:
             raise RuntimeError(model.unusable)
+        if cache.length == cache.kv.shape[3]:  # a GPU would end the process's use of it
+            raise IndexError(f"the cache is full: {cache.length} tokens")
         ids.fill_(token)
         position.fill_(cache.length)
         graph.replay()
         cache.length += 1
         return logits
     return step
+
+
+RECORDING = threading.Lock()  # a process can record one graph at a time
+
+
+@functools.lru_cache
+def recording_stream(device):
+    """The stream on which graphs of this GPU are recorded; torch's own choice is the GPU of the first recording."""
+    return torch.cuda.Stream(device)
 
 
 def one_token_forward(model, cache):
@@ -862,7 +876,7 @@ def one_token_forward(model, cache):
         return (scores.softmax(-1).to(v.dtype) @ v[0]).view(q.shape)
 
     def forward():
-        places = torch.arange(cache.kv.shape[3], device=device)  # here, for a graph keeps alive only what it makes
+        places = torch.arange(cache.kv.shape[3], device=device)  # here: a graph keeps what it makes and nothing else
         hidden = torch.zeros(len(places), device=device).masked_fill_(places > position, -math.inf)
         as_cache = SimpleNamespace(length=0, layer=layer)
         return model(ids, positions=position, attend=functools.partial(attend, hidden), cache=as_cache)[0, -1]
@@ -883,8 +897,9 @@ def sample(logits, generator, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0):
     logits are not finite: then the weights are not sound.
     """
     lowest, highest = logits.aminmax()  # one quick pass that NaN and infinities come through
-    sound = enough = (highest - lowest).isfinite()
+    sound = (highest - lowest).isfinite()
     if temperature < 1e-5:  # logits divided by less would overflow
+        enough = sound
         token = logits.max(0).indices  # the first of equals, as argmax, which is five times slower for bf16
     else:
         logits = logits.float() / temperature
@@ -894,20 +909,21 @@ def sample(logits, generator, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0):
             """(one of the k likeliest, whether the nucleus lies among them)."""
             values, order = logits.topk(k)
             p = (values - (values.logsumexp(0) if top_k else total)).exp()  # descending
-            enough = p.sum() >= top_p
+            complete = p.sum() >= top_p
             if top_p < 1:
                 p = p.where(p.cumsum(0) - p < top_p, 0)  # keeps the token that crosses top_p
             if min_p > 0:
                 p = p.where(p >= min_p * p[0], 0)
             # torch.multinomial's own way to draw one, without its checks, for each of which a GPU would have to wait
             drawn = p.div_(torch.empty_like(p).exponential_(generator=generator)).argmax()
-            return order.take(drawn), enough  # order[drawn] would wait
-        k = min(top_k or len(logits), len(logits))
-        token, enough = draw(k if top_k else min(k, 512))  # nearly always enough, and sorting all of V is slow
-    token, sound, enough = torch.stack([token, sound, enough]).tolist()  # a GPU's only wait
+            return order.take(drawn), complete  # order[drawn] would wait
+        most = min(top_k or len(logits), len(logits))
+        k = most if top_k or top_p >= 1 else min(most, 512)  # nearly always enough, and sorting all of V is slow
+        token, enough = draw(k)
+    token, sound, enough = torch.stack([token, sound, enough]).tolist()  # a GPU's only wait, with few exceptions
     if not sound:
         raise InputError("the model gives logits that are not finite numbers; expected sound weights")
-    return token if enough or top_k or k <= 512 else int(draw(k)[0])
+    return token if enough or k == most else int(draw(most)[0])
 
 
 @contextlib.contextmanager

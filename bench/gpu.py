@@ -183,7 +183,8 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="8B", help="the model's shape (default 8B)")
     parser.add_argument("--tasks", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--sides", nargs="+", help="only these")
+    parser.add_argument("--sides", nargs="+", help="only these of a task",
+                        choices=sorted({side for sides in SIDES.values() for side in sides}))
     parser.add_argument("--scratch", help="where the random weights lie meanwhile: 2 bytes a parameter")
     parser.add_argument("--measure", nargs=3, metavar=("TASK", "SIDE", "DIR"), help=argparse.SUPPRESS)
     args = parser.parse_args()

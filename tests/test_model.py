@@ -371,13 +371,14 @@ def test_the_one_token_step_in_bf16_is_as_near_to_fp32_as_the_plain_forward(deco
     assert errors[0] <= 1.25 * errors[1] < 0.05, errors
 
 
+@pytest.mark.parametrize("temperature", [0, 0.7])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_are_refused(bad):
+def test_logits_that_are_not_finite_are_refused(bad, temperature):
     for dtype in (torch.bfloat16, torch.float32):
         logits = torch.randn(1000).to(dtype)
         logits[500] = bad
         with pytest.raises(InputError, match="not finite"):
-            M.sample(logits, None, temperature=0)
+            M.sample(logits, torch.Generator(), temperature)
 
 
 def reference_filter(logits, temperature, top_p, top_k, min_p):
@@ -412,6 +413,13 @@ def test_sampling_follows_the_filtered_distribution(settings, monkeypatch):
         found = torch.zeros(2000).scatter(0, order["last"].indices, seen["p"] / seen["p"].sum())
         expected = reference_filter(logits, **{"top_k": 0, "min_p": 0.0, "top_p": 1.0, **settings}).float()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_nucleus_wider_than_the_first_512_is_drawn_from_whole():
+    logits, generator, n = torch.zeros(2000), torch.Generator().manual_seed(9), 2_000
+    for settings in ({"top_p": 0.999}, {"top_p": 1.0}):
+        drawn = torch.tensor([M.sample(logits, generator, 1.0, **settings) for _ in range(n)])
+        assert abs((drawn >= 512).float().mean() - (2000 - 512) / 2000) < 4 * 0.5 / n ** 0.5
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
