@@ -502,8 +502,8 @@ def parse_args(argv=None):
     parser.add_argument("--recipe", choices=("paper",), help="paper: --k 1 --steps 1 --lr 1e-5 --optimizer adamw")
     parser.add_argument("--no-ttt", action="store_true", help="answer without test-time training")
     parser.add_argument("--activation-checkpointing", action=argparse.BooleanOptionalAction,
-                        default=argparse.SUPPRESS, help="recompute activations in backward: an eighth more time, a "
-                        "fifth less memory (measured; default: for models of more than a billion parameters)")
+                        default=argparse.SUPPRESS, help="recompute activations in backward: a tenth more time, a tenth "
+                        "less memory (measured; default: for models of more than a billion parameters)")
     parser.add_argument("--snapshot", choices=("auto", "host", "device"), default="auto",
                         help="where the original weights wait; auto: on the device, if it has room for them twice")
     parser.add_argument("--max-new-tokens", type=whole(1), default=2048, help="longest answer (paper: 2048)")
