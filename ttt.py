@@ -255,8 +255,8 @@ class Snapshot:
 
 def copied(tensor, device):
     """A copy on `device`. A GPU's goes to pinned host memory if there is any: at 55 GB/s, to other at 2 (16 once it was
-    used). To get it takes 0.4 s a GB, so torch keeps it for the next question, in blocks of powers of two: for
-    Llama-3.1-8B 18.3 GB. All measured on one machine."""
+    used). To get it takes 0.4 s a GB (all on one machine), so torch keeps it for the next question, in blocks of powers
+    of two: by count 18.3 GB for Llama-3.1-8B's 16.1."""
     if tensor.is_cuda and torch.device(device).type == "cpu":
         with contextlib.suppress(RuntimeError):
             return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -7,7 +7,7 @@ Each measurement is a process of its own, so that its peak memory is its own:
           generate with its default cache, which grows, and with a static one, compiled
   ttt     one question: snapshot, one step on a trace of 2,048 tokens, 128 new tokens, restore; the second in a process,
           beside what one writes with transformers: a copy of the weights, AdamW, one step, generate, the copy put back,
-          all in bf16, rounded to nearest (fp32 would take 128 GB and more); and as on a card of 24 GB
+          all in bf16, rounded to nearest (fp32 would take 160 GB); and as on a card of 24 GB
   sft     optimizer steps of 8 rows of 4,096 tokens, one a micro-batch, with activation checkpointing: tokens/s, memory,
           and the MFU (6 FLOP a weight and token over the data sheet's dense bf16 peak; attention left out)
 """
@@ -64,35 +64,35 @@ def theirs(folder):
 # ----- decode --------------------------------------------------------------------------------------------------------
 
 
-def decode_ours(folder, new_tokens=NEW):
+def decode_ours(folder):
     start = clock()
     model, seconds = M.load_model(folder, "cuda"), []
     load_s = clock() - start
     for _ in range(2):
-        tokens = M.generate(model, random_ids(PROMPT).tolist(), max_new_tokens=new_tokens, temperature=0)
+        tokens = M.generate(model, random_ids(PROMPT).tolist(), max_new_tokens=NEW, temperature=0)
         next(tokens)
         start = clock()
-        assert sum(1 for _ in tokens) == new_tokens - 1
+        assert sum(1 for _ in tokens) == NEW - 1
         seconds.append(clock() - start)
-    return {"tokens/s": round((new_tokens - 1) / seconds[1], 1), "GB": round(peak_gb(), 2),
+    return {"tokens/s": round((NEW - 1) / seconds[1], 1), "GB": round(peak_gb(), 2),
             "load_s": round(load_s, 1)}
 
 
-def decode_theirs(folder, new_tokens=NEW, **settings):
+def decode_theirs(folder, **settings):
     model, seconds = theirs(folder), {}
     ids = torch.from_numpy(random_ids(PROMPT))[None].cuda()
-    for n in (1, new_tokens) * 2:
+    for n in (1, NEW) * 2:
         start = clock()
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
                              do_sample=False, pad_token_id=0, **settings)
         assert out.shape[1] == PROMPT + n
         seconds[n] = clock() - start  # of the last round: the first compiles
-    return {"tokens/s": round((new_tokens - 1) / (seconds[new_tokens] - seconds[1]), 1), "GB": round(peak_gb(), 2)}
+    return {"tokens/s": round((NEW - 1) / (seconds[NEW] - seconds[1]), 1), "GB": round(peak_gb(), 2)}
 
 # ----- test-time training --------------------------------------------------------------------------------------------
 
 
-def ttt_ours(folder, snapshot_device, limit_gb=None, n=2):
+def ttt_ours(folder, snapshot_device, limit_gb=None):
     from ttt import adapted
     if limit_gb:
         torch.cuda.set_per_process_memory_fraction(limit_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)
@@ -100,7 +100,7 @@ def ttt_ours(folder, snapshot_device, limit_gb=None, n=2):
     loaded = torch.cuda.memory_allocated()
     trace = random_ids(TRACE + 1).tolist()
     example, rows = (trace[:-1], [-100] * 64 + trace[65:]), []
-    for _ in range(n):
+    for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         start = clock()
         with adapted(model, [example], snapshot_device=snapshot_device) as report:
@@ -165,7 +165,6 @@ def sft_ours(folder, rows=8, steps=3):
     return {"tokens/s": round(rows * ROW / seconds, 1), "mfu": max(row["mfu"] for row in done[1:]),
             "GB": round(peak_gb(), 2), "GB by --dry-run": round(sum(expected.values()) / 1e9, 2),
             "losses": [round(row["loss"], 4) for row in done]}
-
 
 # ----- the table -----------------------------------------------------------------------------------------------------
 
