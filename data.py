@@ -1,10 +1,10 @@
 """Text to tokens: tokenizers, the chat templates, and the loss mask.
 
 A conversation becomes ids and a mask that marks what is trained: the assistant's words and its end-of-turn token,
-nothing else. Three rules, each of which others broke (README, "What is trained"):
+nothing else. Three rules, each of which others broke:
   1. Control tokens come from the template alone; `<|eot_id|>` typed in a question is ordinary text.
   2. Segments are tokenised apart and their ids joined, so the border between prompt and answer is exact.
-  3. The mask goes by position, never by `id == pad`, for pad and end-of-turn are often the same id.
+  3. The mask goes by position, never by `id == pad`, because pad and end-of-turn are often the same id.
 """
 import hashlib
 import heapq
@@ -124,7 +124,7 @@ def check_unicode(text):
 def stream_text(tokenizer, ids):
     """Yields the text of an iterable of ids piece by piece, never half a character.
 
-    Decodes a short window again with each id (what a token reads as can depend on the one before it) and holds text
+    Decodes a short window again with each id (the text of a token can depend on the one before it) and holds text
     back while it ends in U+FFFD, that is, in the middle of a UTF-8 sequence. Control tokens are left out.
     """
     window, shown = [], ""  # ids since the last clean cut, and the part of their text that was yielded
@@ -148,8 +148,8 @@ def stream_text(tokenizer, ids):
 
 # ----- chat templates ------------------------------------------------------------------------------------------------
 
-# What the official templates put first. Llama 3.1's is a fixed date unless told otherwise: a template that reads the
-# clock would train and answer on other prompts every day.
+# The official templates put these first. Llama 3.1's has a fixed date: a template that reads the clock would train and
+# answer on other prompts every day.
 LLAMA3_SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 NO_TEMPLATE = ("the tokenizer has no known chat template; expected <|start_header_id|> (Llama 3) or <|im_start|> "
                "(ChatML) among its control tokens, or a sentencepiece vocabulary (Llama 2)")
@@ -246,7 +246,7 @@ CHAT_TEMPLATES = {
 
 
 def check_messages(messages):
-    """(system text or None, [(role, content), …]) of a list of messages; InputError says what is malformed."""
+    """(system text or None, [(role, content), …]) of a list of messages; InputError names the fault."""
     if not isinstance(messages, list) or not messages:
         raise InputError("found no messages; expected a list of {role, content}")
     turns = []
@@ -502,7 +502,7 @@ def steps_of_epochs(lengths, *, batch_size, budget, seed, rank=0, world=1, consu
         for start in range(done, n, batch_size):
             rows = order[start:start + batch_size]
             bins = split_step([lengths[row] for row in rows], budget, world)
-            yield rows, [[rows[i] for i in own] for own in bins[rank::world]]
+            yield rows, [[rows[i] for i in micro_batch] for micro_batch in bins[rank::world]]
         consumed = (epoch + 1) * n
 
 
@@ -522,9 +522,9 @@ def split_step(lengths, budget, world=1):
         for i in order:  # a row belongs to the part in which its middle falls
             bins[int((before + lengths[i] / 2) * count / total)].append(i)
             before += lengths[i]
-        sizes = [sum(lengths[i] for i in own) for own in bins]
-        if all(len(own) <= 1 or size <= budget for own, size in zip(bins, sizes)):
-            turns = [range(start, start + world) for start in range(0, count, world)]  # what the ranks do at a time
+        sizes = [sum(lengths[i] for i in bin_) for bin_ in bins]
+        if all(len(bin_) <= 1 or size <= budget for bin_, size in zip(bins, sizes)):
+            turns = [range(start, start + world) for start in range(0, count, world)]  # one part for each rank
             turns.sort(key=lambda turn: -max(sizes[j] for j in turn))
             return [bins[j] for turn in turns for j in turn]
         count += world
@@ -534,12 +534,12 @@ def collate(examples, packed=None):
     """[(where, ids, labels)] -> one micro-batch: a dict of ids and labels [B, T] int64, positions and documents.
 
     Packed, the rows lie one behind the other in a single row [1, sum of lengths]: `documents` are their lengths, for
-    attention within each (model.attend_apart), and `positions` [T] begin at 0 in each. Otherwise the rows lie one below
-    the other, padded at their end, where causal attention does not look (documents and positions None). By default
-    packed unless padding adds less than 2 %, for everything outside attention costs by the token. B · T is rounded up
-    to a multiple of 8 (packed, the last document grows by that), for with other numbers of rows matrix products lose up
-    to a fifth of their speed. `tokens` counts the rows' own. No examples make a micro-batch of untrained tokens: a rank
-    without rows takes part in every collective.
+    attention within each (fast.attend_apart), and `positions` [T] begin at 0 in each. Otherwise the rows lie one below
+    the other, padded at their end, which causal attention never reads (documents and positions None). By default
+    packed unless padding adds less than 2 %, because everything outside attention costs by the token. B · T is rounded
+    up to a multiple of 8 (packed, the last document grows by that), because with other numbers of rows matrix products
+    lose up to a fifth of their speed. `tokens` counts the tokens of the rows. No examples make a micro-batch of
+    untrained tokens: a rank without rows takes part in every collective.
     """
     lengths = [len(ids) for _, ids, _ in examples] or [1]
     width, longest = rounded_up(sum(lengths), 8), rounded_up(max(lengths), 8 // math.gcd(8, len(lengths)))
@@ -548,9 +548,9 @@ def collate(examples, packed=None):
     shape = (1, width) if packed else (len(lengths), longest)
     ids, labels = (torch.full(shape, empty, dtype=torch.long) for empty in (0, -100))
     starts = itertools.accumulate(lengths[:-1], initial=0)
-    for i, (start, n, (_, *own)) in enumerate(zip(starts, lengths, examples)):
-        for whole, part in zip((ids, labels), own):
-            (whole[0, start:start + n] if packed else whole[i, :n]).copy_(torch.from_numpy(part))
+    for i, (start, n, (_, *row)) in enumerate(zip(starts, lengths, examples)):
+        for batch, array in zip((ids, labels), row):
+            (batch[0, start:start + n] if packed else batch[i, :n]).copy_(torch.from_numpy(array))
     documents = [*lengths[:-1], lengths[-1] + shape[1] - sum(lengths)] if packed else None
     positions = torch.cat([torch.arange(n) for n in documents]) if packed else None
     return {"ids": ids, "labels": labels, "positions": positions, "documents": documents,
@@ -570,13 +570,10 @@ def collate_pairs(pairs, shared=True):
         prompt[:-1]   prompt[-1], chosen[:-1] | prompt[:-1]   prompt[-1], rejected[:-1]                (not shared)
 
     The positions of both answers go on from the prompt's, their labels are their own ids, and they must not see each
-    other: `documents` is [(length of a prefix, [lengths of what continues it])]. `parts` are the lengths, one after the
-    other, in which the chosen and rejected answers lie, and of what fills T up to a multiple of 8; "lengths" [N, 2]
-    int64 are those of the answers alone. No pairs make a micro-batch of untrained tokens. The prompt lies there once at
-    all lengths: on two cores (a pair at a time through SmolLM2, seconds forward and backward, shared and not) prompts
-    of 146 tokens with answers of 240 and 70 took 1.00 and 1.15, prompts of 76 with 640 and 140 took 2.03 and 2.08, of
-    20 with 240 and 70 0.73 and 0.74: what is saved is the prompt's share of the tokens, and nothing is lost where that
-    is small.
+    other: `documents` is [(length of a prefix, [lengths of its continuations])]. `parts` are the lengths, one after the
+    other, in which the chosen and rejected answers lie, and of the filling of T up to a multiple of 8; "lengths" [N, 2]
+    int64 are those of the answers alone. No pairs make a micro-batch of untrained tokens. Sharing saves the prompt's
+    share of the tokens and loses nothing where that is small (prompts of 146 tokens: 1.00 s a pair against 1.15).
     """
     rows, positions, documents, parts, lengths = [], [], [], [], []
     for _, prompt, *answers in pairs:

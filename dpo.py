@@ -26,28 +26,27 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import collate_pairs, pair_of, render_chat, render_pairs, rows_of_pair, show_example, split_step
-from files import InputError, Parser, number, parse_json, return_freed_memory, run_main, sha256, written_aside
-from model import causal_attention, checkpoint_files, has_fast_bf16, open_safetensors, parameter_count
-from train import (
+from data import collate_pairs, pair_of, render_chat, render_pairs, rows_of_pair, split_step
+from fast import causal_attention, has_fast_bf16, return_freed_memory
+from files import InputError, Parser, number, parse_json, run_main, sha256, written_aside
+from parallel import all_sum, computed_on_rank_0, from_all, stop
+from run import (
     CODE,
-    DTYPES,
     OURS,
     SUMMARY,
     add_flags,
-    all_sum,
-    computed_on_rank_0,
-    from_all,
-    local,
-    micro_batches_of,
-    on_device,
+    batches,
+    begin,
+    finish,
+    held_batches,
     open_run,
-    print_plan,
     read_examples,
-    run,
-    sharded_model,
-    stop,
+    resume,
+    schedule,
+    shown,
 )
+from train import fit, on_device
+from weights import checkpoint_files, open_safetensors
 
 LOSSES = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm")
 PER_TOKEN = ("ipo", "sigmoid_norm")  # these compare means over the tokens of an answer
@@ -61,15 +60,21 @@ DEFAULTS = {"model": ("runs/sft-cold-start/model", SUMMARY), "out": ("runs/dpo",
 
 
 def sequence_logps(logits, labels):
-    """(sum of log p(label) [B], number of labels [B]) of logits [B, T, V] and labels [B, T], -100: no label.
+    """Labels are already shifted: label t is the token wanted *after* position t (Hugging Face's are not shifted).
 
-    logit[label] - log Z in fp32. The plain form; `pair_logps` computes the same without ever holding all the logits.
+    logits [B, T, V], labels [B, T] int64 (-100: no label) -> (sum of log p(label) [B] in fp32, number of labels [B]),
+    log p(label) = logit[label] - log Z. By hand, V = 3:
+
+        ids     2 0 1      logits_1 = logits_2 = [0, 0, ln 2], so Z = 1 + 1 + 2 = 4
+        labels  . 2 1      position 1 wants token 2, position 2 wants token 1; position 0 has no label
+        log p   (ln 2 - ln 4) + (0 - ln 4) = -3 ln 2, of 2 labels
+
+    This is the plain form; `pair_logps` computes the same without ever holding all the logits.
     """
     wanted = labels != -100
-    chosen = logits[wanted].float()  # [N, V]
-    logps = torch.zeros(labels.shape, device=logits.device)
-    own = chosen.gather(-1, labels[wanted][:, None])[:, 0] - chosen.logsumexp(-1)
-    return logps.masked_scatter(wanted, own).sum(-1), wanted.sum(-1)
+    labelled = logits[wanted].float()  # [N, V]
+    logps = labelled.gather(-1, labels[wanted][:, None])[:, 0] - labelled.logsumexp(-1)
+    return torch.zeros(labels.shape, device=logits.device).masked_scatter(wanted, logps).sum(-1), wanted.sum(-1)
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1,
@@ -87,7 +92,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
                                                                                as its authors confirmed (trl#1265)
       "sigmoid_norm"  -log s(beta h')                                          length-normalized, arXiv 2411.15124
     plus alpha * -log p(y_w) / |y_w|, the chosen answer's NLL (arXiv 2404.19733, eq. 1). Rewards are beta * r, detached.
-    InputError for what has no meaning: e outside [0, 0.5) or with another loss, beta <= 0, alpha < 0, absent lengths.
+    InputError for settings without meaning: e outside [0, 0.5) or with another loss, beta <= 0, alpha < 0, no lengths.
     """
     check_loss(beta=beta, label_smoothing=label_smoothing, loss_type=loss_type, alpha=alpha)
     if (chosen_lengths is None or rejected_lengths is None) and (loss_type in PER_TOKEN or alpha):
@@ -131,7 +136,7 @@ def check_loss(*, beta, label_smoothing, loss_type, alpha):
 
 
 def attend_documents(documents, q, k, v):
-    """Causal attention over packed `documents` (data.collate_pairs): what continues a prefix sees it and itself.
+    """Causal attention over packed `documents` (data.collate_pairs): a continuation sees its prefix and itself.
 
     q [1, H, T, C], k and v [1, K, T, C] -> [1, H, T, C].
     """
@@ -140,7 +145,7 @@ def attend_documents(documents, q, k, v):
         first, *others = branches
         outputs.append(causal_attention(*(x[:, :, :prefix + first] for x in qkv)))
         for n, answer in zip(others, zip(*(x[:, :, prefix + first:].split(others, 2) for x in qkv))):
-            queries, *seen = (torch.cat([x[:, :, :prefix], own], 2) for x, own in zip(qkv, answer))
+            queries, *seen = (torch.cat([x[:, :, :prefix], y], 2) for x, y in zip(qkv, answer))
             if q.device.type == "cpu":  # a GPU's fast kernels take no mask: there the prefix's queries are computed
                 queries = answer[0]     # again and dropped
             outputs.append(causal_attention(queries, *seen)[:, :, -n:])
@@ -163,7 +168,7 @@ def pair_tokens(pair):
 
 
 def preference_loss(logps, reference, lengths, *, loss_type="sigmoid", **settings):
-    """What `train.fit` wants of N pairs: (summed loss, N, {name: sum}); logps, reference, lengths [N, 2]: w, l.
+    """The loss of N pairs for `train.fit`: (summed loss, N, {name: sum}); logps, reference, lengths [N, 2]: w, l.
 
     `margin` is the difference of the rewards (per token for the losses that compare those), `accuracy` counts pairs in
     which it is above 0. `kl` is the mean over both answers of log p_ref - log p, in nats an answer: the k1 estimate of
@@ -185,31 +190,31 @@ def preference_loss(logps, reference, lengths, *, loss_type="sigmoid", **setting
 # ----- the reference -------------------------------------------------------------------------------------------------
 
 
-def reference_logps(args, training, tokenizer, pairs, files):
+def reference_logps(run, training, pairs):
     """{where: (chosen, rejected)}: log-probabilities of `pairs` under the model as it is, from --out or computed now.
 
     OUT/reference.safetensors holds logps [pairs, 2] in fp32, NaN where not yet computed, and is written again every few
-    pairs, so that a killed computation goes on where it was. Its metadata says what the numbers depend on; InputError
-    when that has changed.
+    pairs, so that a killed computation goes on where it was. Its metadata names all that the numbers depend on;
+    InputError when that has changed.
     """
-    world, path = training.world, Path(args.out) / "reference.safetensors"
+    world, path = run.world, run.out / "reference.safetensors"
 
     def found():
-        facts = reference_facts(args, world, tokenizer, pairs, files)
+        facts = reference_facts(run, pairs)
         return facts, read_reference(path, facts, len(pairs))
     facts, logps = computed_on_rank_0(world, found)
     todo, block = logps.isnan().any(1).nonzero()[:, 0].tolist(), 32 * world.size
     with tqdm(total=len(pairs), initial=len(pairs) - len(todo), desc="reference", unit="pair", file=sys.stderr, delay=2,
               disable=None if world.rank == 0 else True) as bar, torch.no_grad():
         for start in range(0, len(todo), block):
-            rows, own = todo[start:start + block], {}
-            bins = split_step([pair_tokens(pairs[row]) for row in rows], args.micro_tokens, world.size)
-            for part in bins[world.rank::world.size]:  # as many on each rank: all take part in every collective
-                part = [rows[i] for i in part]
-                batch = on_device(collate_pairs([pairs[row] for row in part]), world.device)
-                own |= zip(part, pair_logps(training.model, batch).tolist())
-            for computed in from_all(world, own):
-                for row, values in computed.items():
+            rows, computed = todo[start:start + block], {}
+            bins = split_step([pair_tokens(pairs[row]) for row in rows], run.args.micro_tokens, world.size)
+            for share in bins[world.rank::world.size]:  # as many on each rank: all take part in every collective
+                share = [rows[i] for i in share]
+                batch = on_device(collate_pairs([pairs[row] for row in share]), world.device)
+                computed |= zip(share, pair_logps(training.model, batch).tolist())
+            for from_rank in from_all(world, computed):
+                for row, values in from_rank.items():
                     logps[row] = torch.tensor(values)
             for row in rows:
                 if not logps[row].isfinite().all():
@@ -227,31 +232,27 @@ def reference_logps(args, training, tokenizer, pairs, files):
     return {pair[0]: tuple(values) for pair, values in zip(pairs, logps.tolist())}
 
 
-def digest(parts):
+def sha256_of(pieces):
     """SHA-256 of byte strings one after another, as hex digits."""
     found = hashlib.sha256()
-    for part in parts:
-        found.update(part)
+    for piece in pieces:
+        found.update(piece)
     return found.hexdigest()
 
 
-def weights_digest(directory):
-    """SHA-256 of the config and the weight files of a model's folder."""
-    paths = sorted({Path(directory) / "config.json", *checkpoint_files(directory).values()})
-    return digest(sha256(path).encode() for path in paths)
-
-
-def reference_facts(args, world, tokenizer, pairs, files):
-    """{what the reference log-probabilities depend on: a value or a SHA-256}."""
+def reference_facts(run, pairs):
+    """{all that the reference log-probabilities depend on: a value or a SHA-256}."""
+    args, tokenizer = run.args, run.tokenizer
+    weights = sorted({Path(args.model) / "config.json", *checkpoint_files(args.model).values()})
     talk = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
-    rendered = [render_chat(tokenizer, own, ask) for own in (talk, talk[1:]) for ask in (True, False)]
-    return {"weights": weights_digest(args.model),
-            "data": [one["sha256"] for one in files],
-            "template": digest([repr(rendered).encode()]),
-            "pairs": digest(len(ids).to_bytes(8, "big") + ids.tobytes() for _, *parts in pairs for ids in parts),
+    rendered = [render_chat(tokenizer, messages, ask) for messages in (talk, talk[1:]) for ask in (True, False)]
+    return {"weights": sha256_of(sha256(path).encode() for path in weights),
+            "data": [one["sha256"] for one in run.files],
+            "template": sha256_of([repr(rendered).encode()]),
+            "pairs": sha256_of(len(ids).to_bytes(8, "big") + ids.tobytes() for _, *texts in pairs for ids in texts),
             "max_length": args.max_length,
-            "seed": args.seed, "shards": world.shards,  # these two round weights stored in more than bf16
-            "dtype": args.dtype + ("" if has_fast_bf16(world.device) else ", computed in fp32")}
+            "seed": args.seed, "shards": run.world.shards,  # these two round weights stored in more than bf16
+            "dtype": args.dtype + ("" if has_fast_bf16(run.world.device) else ", computed in fp32")}
 
 
 def read_reference(path, facts, n):
@@ -271,26 +272,13 @@ def read_reference(path, facts, n):
     return logps
 
 
-@torch.no_grad()
-def copy_of(training):
-    """A second model, sharded alike, with the weights that `training` has now; it is not trained."""
-    own = training.model
-    model = sharded_model(own.config, training.world, own.norm.weight.dtype)
-    model.to_empty(device=training.world.device)
-    model.tie_weights()
-    model.requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        local(parameter).copy_(local(own.get_parameter(name)))
-    return model
-
-
 # how far log-probabilities may be off their reference's for rounding: a pass packed otherwise rounds otherwise, which
 # measured 0.025 (SmolLM2 in bf16, the prompt once against twice, 32 pairs); another model is off by several nats
 ROUNDING = {"bf16": 0.3, "fp32": 1e-3}
 
 
 @torch.no_grad()
-def check_start(args, training, micro_batches, reference):
+def check_start(run, training, micro_batches):
     """InputError unless the model gives its reference's log-probabilities: before the first step all margins are 0.
 
     Compared is the root mean square, over answers, of the difference in nats divided by the root of the length, since
@@ -299,61 +287,19 @@ def check_start(args, training, micro_batches, reference):
     squares = count = 0
     for batch in micro_batches:
         batch = on_device(batch, training.world.device)
-        off = pair_logps(training.model, batch) - reference(batch)
+        off = pair_logps(training.model, batch) - batch["reference"]
         squares, count = squares + (off.double() ** 2 / batch["lengths"]).sum(), count + off.numel()
     if training.world.mesh:
         training.model.reshard()
     squares, count = all_sum(training.world, [squares, count])
     off = math.sqrt(squares / count)
-    if not off <= ROUNDING[args.dtype]:
-        raise InputError(f"{args.out}: before the first step the model's log-probabilities are off the reference's by "
-                         f"{off:.3g} nats times the root of the length; expected at most {ROUNDING[args.dtype]:g}: "
+    if not off <= ROUNDING[run.args.dtype]:
+        raise InputError(f"{run.out}: before the first step the model's log-probabilities are off the reference's by "
+                         f"{off:.3g} nats times the root of the length; expected at most {ROUNDING[run.args.dtype]:g}: "
                          "this is not the model that the reference was computed with")
 
 
 # ----- a run ---------------------------------------------------------------------------------------------------------
-
-
-def train_on(args, world, config, tokenizer, pairs, held, plan):
-    """Precomputes the reference, trains and exports."""
-    known, second = {}, None  # {where: log-probabilities}, or the model that gives them
-    settings = {name: getattr(args, name) for name in (
-        "beta", "label_smoothing", "loss_type", "reference_free", "alpha")}
-
-    def collate(pairs):
-        return collate_pairs(pairs) | {"where": [where for where, *_ in pairs]}
-
-    def reference(batch):
-        if args.reference_free:
-            return torch.zeros(len(batch["where"]), 2, device=world.device)
-        if args.reference == "cached":
-            return torch.tensor([known[where] for where in batch["where"]], device=world.device).view(-1, 2)
-        with torch.no_grad():
-            logps = pair_logps(second, batch)
-        if world.mesh:
-            second.reshard()
-        return logps
-
-    def loss_fn(model, batch):
-        logps_ref = reference(batch)
-        return preference_loss(pair_logps(model, batch), logps_ref, batch["lengths"], **settings)
-
-    def prepare(training, files):
-        nonlocal second
-        if args.reference_free:
-            return
-        if args.reference == "live":
-            second = copy_of(training)
-        else:
-            known.update(reference_logps(args, training, tokenizer, pairs + held, files))
-        first = micro_batches_of(pairs[:args.batch_size], args.micro_tokens, world, tokens=pair_tokens, collate=collate)
-        check_start(args, training, first, reference)
-    further = {}
-    if args.reference == "live":  # a resume must find the same second model; the cached one is compared in any case
-        further["reference weights"] = computed_on_rank_0(world, lambda: weights_digest(args.model))
-    run(args, "dpo", world, config, pairs, held, plan, fixed=(*settings, "reference"), further_facts=further,
-        tokens=pair_tokens, collate=collate, loss_fn=loss_fn, prepare=prepare,
-        reported=("loss", "accuracy", "margin", "logps_chosen"))
 
 
 def parse_args(argv=None):
@@ -368,43 +314,55 @@ def parse_args(argv=None):
                         help="part of the pairs taken to be labelled the wrong way round (default 0)")
     parser.add_argument("--alpha", type=number(0), default=0.0, help="weight of the chosen answer's NLL (default 0)")
     parser.add_argument("--reference-free", action="store_true", help="rewards are log p alone, without a reference")
-    parser.add_argument("--reference", choices=("cached", "live"), default="cached",
-                        help="log-probabilities computed once, or a second model kept beside this one (default cached)")
     args = parser.parse_args(argv)
     check_loss(beta=args.beta, label_smoothing=args.label_smoothing, loss_type=args.loss_type, alpha=args.alpha)
     if args.loss_type == "robust" and not args.label_smoothing:
         raise InputError("--loss-type robust without --label-smoothing: that is sigmoid; expected one above 0")
-    if args.reference_free and args.reference == "live":
-        raise InputError("--reference-free with --reference live: expected one of the two")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    world, config, tokenizer = open_run(args)
-    pairs, held, plan = read_examples(args, world, pair_of, lambda rows: render_pairs(
-        tokenizer, rows, args.max_length, on_bad_row=args.on_bad_row))
-    if world.rank == 0 and args.inspect:
-        for where, *pair in pairs[:args.inspect]:
-            for name, (ids, labels) in zip(("chosen", "rejected"), rows_of_pair(*pair)):
-                print(f"--- {where}, {name}: {len(ids)} tokens\n"
-                      f"{show_example(tokenizer, ids, labels, sys.stdout.isatty())}")
+    settings = {name: getattr(args, name) for name in (
+        "beta", "label_smoothing", "loss_type", "reference_free", "alpha")}
+    run = open_run(args, "dpo", fixed=settings)
+    pairs, held = read_examples(run, pair_of, render_pairs)
+    if shown(run, samples_of(pairs[:args.inspect or 0]), lines_of_plan(run, pairs)):
+        return stop(run.world)
+    training = begin(run)
+    known = {} if args.reference_free else reference_logps(run, training, pairs + held)
+
+    def collate(pairs):
+        logps = [known[where] if known else (0.0, 0.0) for where, *_ in pairs]
+        return collate_pairs(pairs) | {"reference": torch.tensor(logps).view(-1, 2)}
+
+    def loss_fn(model, batch):
+        return preference_loss(pair_logps(model, batch), batch["reference"], batch["lengths"], **settings)
+    if known:
+        check_start(run, training, held_batches(run, pairs[:args.batch_size], pair_tokens, collate))
+    resume(run, training)
+    fit(training, batches(run, pairs, pair_tokens, collate), loss_fn, **schedule(run),
+        held=held_batches(run, held, pair_tokens, collate), where=lambda row: pairs[row][0])
+    finish(run, training, reported=("loss", "accuracy", "margin", "logps_chosen"))
+    stop(run.world)
+
+
+def samples_of(pairs):
+    """[(title, ids, labels), …]: the two rows of each pair, for --inspect."""
+    return [(f"{where}, {name}", ids, labels) for where, *pair in pairs
+            for name, (ids, labels) in zip(("chosen", "rejected"), rows_of_pair(*pair))]
+
+
+def lines_of_plan(run, pairs):
+    """The rows of the data, in lines; the plan gets the numbers of tokens."""
+    args, plan = run.args, run.plan
     plan |= {"tokens": sum(map(pair_tokens, pairs)),
              "tokens_supervised": sum(len(chosen) + len(rejected) for *_, chosen, rejected in pairs)}
-    if world.rank == 0 and not args.inspect:
-        second = {}
-        if args.reference == "live":
-            size = DTYPES[args.dtype].itemsize * parameter_count(config) / world.shards
-            second = {f"reference: {DTYPES[args.dtype].itemsize} × parameters / shards": size}
-        print_plan(args, world, config, plan, [
-            f"pairs: {plan['rows_read']:,} read, {plan['rows_bad']:,} bad; dropped: {plan['rows_empty']:,} with an "
+    return [f"pairs: {plan['rows_read']:,} read, {plan['rows_bad']:,} bad; dropped: {plan['rows_empty']:,} with an "
             f"empty answer, {plan['rows_equal']:,} with equal answers, {plan['rows_dropped']:,} without room for one "
             f"within --max-length {args.max_length:,}; {plan['answers_truncated']:,} answers truncated",
             f"trained: {plan['rows_trained']:,} of {args.rows:,} pairs asked for, {plan['tokens']:,} tokens, "
-            f"{plan['tokens_supervised']:,} of them supervised; held out: {plan['rows_held_out']:,} pairs"], second)
-    if not args.inspect and not args.dry_run:
-        train_on(args, world, config, tokenizer, pairs, held, plan)
-    stop(world)
+            f"{plan['tokens_supervised']:,} of them supervised; held out: {plan['rows_held_out']:,} pairs"]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """How every program here reads and writes files, and how it ends.
 
-Three promises, kept in one place because model, data, retrieve, train and the demo all make them:
+Four promises, kept in one place because every program here makes them:
   1. Wrong input ends in one line (file, line or flag; what was found; what was expected) and exit status 2.
-  2. What is written is written aside, flushed to disk and renamed: a killed run leaves the old file or the new one.
-  3. What is read is JSON or safetensors, read strictly: no pickle, no NaN, no duplicate keys, no line without end.
+  2. Files are written aside, flushed to disk and renamed: a killed run leaves the old file or the new one.
+  3. Input is JSON or safetensors, read strictly: no pickle, no NaN, no duplicate keys, no line without end.
+  4. A program that writes a row for each of many questions goes on where it was killed (`finished_rows`, `appended`).
 """
 import argparse
 import contextlib
@@ -24,12 +25,12 @@ from pathlib import Path
 
 MAX_JSON_BYTES = 64 << 20  # a tokenizer.json is 17 MB, a training row a few KB: past this it is not one of ours
 
-# what every answer and every model card carries
+# every answer and every model card carries this
 DISCLAIMER = "Research use only. Not medical advice: do not act on it without a physician."
 
 
 class InputError(ValueError):
-    """What the user gave is wrong. The message is one line that says what was found and what was expected."""
+    """The user's input is wrong. The message is one line: file, line or flag; what was found; what was expected."""
 
 
 def run_main(main):
@@ -53,29 +54,6 @@ def run_main(main):
             raise
         print("error: out of memory", file=sys.stderr)
         sys.exit(1)
-
-
-def reuse_freed_memory():
-    """Tells glibc to keep large freed blocks for the next tensor; call it before the first one.
-
-    Otherwise every activation is mapped, faulted in by pages of 4 KB and unmapped again: on two cores that took longer
-    than the arithmetic of a small model. Elsewhere (macOS, musl) nothing happens.
-    """
-    # oneDNN keeps the code it made for each shape of a product, 1,024 of them: 0.7 GB when rows come in all lengths
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block, however large, is mapped by itself and given back when it is freed
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and less than 2 GB free at the heap's end stay there
-
-
-def return_freed_memory(device):
-    """Gives the heap's free pages back to the kernel where tensors live there, on a CPU.
-
-    Done now and then between two steps it stops holes from growing (8 steps of SFT: a peak of 4.1 GB, without it 4.6).
-    """
-    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def resident(what):
@@ -223,17 +201,57 @@ def parse_row(line, where):
     return row if isinstance(row, dict) else InputError(f"{where}: found {type(row).__name__}, expected a JSON object")
 
 
+def finished_rows(path, begins_with):
+    """Yields (line number, row) of the rows that a run has appended to `path` so far; none if there is no such file.
+
+    A last line cut short by a kill counts as not there, if it is the beginning of a row: `begins_with` are the bytes
+    with which every row begins. InputError for a file that holds anything else.
+    """
+    if not Path(path).exists():
+        return
+    lines, n_bytes = complete_lines(path)
+    with open(path, "rb") as file:
+        file.seek(n_bytes)
+        tail = file.read(len(begins_with))
+    if not begins_with.startswith(tail):
+        raise InputError(f"{path}:{lines + 1}: found something else than answers; expected a new name for --out")
+    for line, row in read_jsonl(path):
+        if line > lines:
+            return
+        if isinstance(row, InputError):
+            raise row
+        yield line, row
+
+
+@contextlib.contextmanager
+def appended(path):
+    """`with appended(path) as append:` append(row) puts a dict behind the finished rows of a jsonl file, on disk before
+    it returns. A half-written last line is cut off first."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        file.truncate(complete_lines(path)[1])
+
+        def append(row):
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        yield append
+
+
+def complete_lines(path):
+    """(how many lines of the file end in a newline, how many bytes they are)."""
+    lines = n_bytes = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                lines, n_bytes = lines + 1, n_bytes + len(line)
+    return lines, n_bytes
+
+
 def sha256(path):
     """The SHA-256 of a file as 64 hexadecimal digits."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
-
-
-def _sha256(file):
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ----- writing -------------------------------------------------------------------------------------------------------

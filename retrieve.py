@@ -18,7 +18,6 @@ Shapes: N texts, M tokens of a batch, D width, H heads, C channels of a head, Q 
 """
 import hashlib
 import json
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -37,6 +36,7 @@ from tqdm import tqdm
 
 from data import check_unicode, question_of
 from files import InputError, Parser, read_json, read_jsonl, require_dir, run_main, sha256, whole, written_aside
+from parallel import interleaved_on_rank_0, pick_device, start, stop
 
 DEFAULT_ENCODER = "models/all-minilm-l6-v2"
 DEFAULT_INDEX = "index/traces"
@@ -82,11 +82,11 @@ def self_attention(qkv, groups, n_heads):
     return torch.cat(attended)
 
 
-def linear(x, layer, gelu=False, plus=None):
+def affine(x, layer, gelu=False, plus=None):
     """layer(x) for x [M, in], then the exact GELU (with erf) or the sum with `plus` [M, out].
 
-    On a CPU in fp32 it calls oneDNN by name, which does either in the same pass: torch itself gives fp32 products to
-    MKL, and on AMD processors that is slower by half (measured on Zen 5: 110 against 250 GFLOP/s a core, both exact).
+    On a CPU in fp32 it calls oneDNN by name, which does either in the same pass; torch itself gives fp32 products to
+    MKL, which reaches less than half of oneDNN's speed on AMD processors (110 against 250 GFLOP/s a core).
     """
     if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         product = torch.ops.mkldnn._linear_pointwise
@@ -112,8 +112,8 @@ class Layer(nn.Module):
         self.down_norm = nn.LayerNorm(width, eps)
 
     def forward(self, x, groups):  # x [M, D]
-        x = self.out_norm(linear(self_attention(linear(x, self.qkv), groups, self.n_heads), self.out, plus=x))
-        return self.down_norm(linear(linear(x, self.up, gelu=True), self.down, plus=x))
+        x = self.out_norm(affine(self_attention(affine(x, self.qkv), groups, self.n_heads), self.out, plus=x))
+        return self.down_norm(affine(affine(x, self.up, gelu=True), self.down, plus=x))
 
 
 class Bert(nn.Module):
@@ -201,12 +201,8 @@ class Encoder:
         if query_instruction is None:
             name = f"{directory.resolve().name} {config['name']}".lower()
             query_instruction = BGE_QUERY_INSTRUCTION if "bge-" in name and "-en" in name else ""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
-            if not torch.cuda.is_available():
-                raise InputError("--device cuda: torch sees no GPU; expected one, or --device cpu")
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if device in ("auto", "cpu", "cuda"):
+            device = pick_device(device)
         self.directory, self.device, self.query_instruction = directory, torch.device(device), query_instruction
         self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 16384)
         self.max_tokens = min(length, config["max_position_embeddings"])
@@ -218,7 +214,7 @@ class Encoder:
 
     @cached_property
     def identity(self):
-        """What decides the vectors, as a dict: stored with an index, and compared when the index is used."""
+        """All that decides the vectors, as a dict: stored with an index, and compared when the index is used."""
         return {"model_sha256": sha256(self.directory / "model.safetensors"),
                 "tokenizer_sha256": sha256(self.directory / "tokenizer.json"),
                 "config_sha256": sha256(self.directory / "config.json"),
@@ -452,21 +448,11 @@ def manifest_sha256(manifest):
 def encode_in_parallel(encoder, texts, progress=False):
     """encoder.encode(texts), shared among torchrun's ranks: rank r takes texts r, r + world, r + 2 world, … Rank 0 gets
     float32 [N, D], the others None."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return encoder.encode(texts, progress=progress)
-    import torch.distributed as dist
-    dist.init_process_group("gloo")
-    try:
-        rank = dist.get_rank()
-        share = torch.zeros(-(-len(texts) // world), encoder.model.norm.bias.numel())  # gather wants equal shapes
-        mine = encoder.encode(texts[rank::world], progress=progress and rank == 0)
-        share[:len(mine)] = torch.from_numpy(mine)
-        shares = [torch.empty_like(share) for _ in range(world)] if rank == 0 else None
-        dist.gather(share, shares)
-        return torch.stack(shares, dim=1).flatten(0, 1)[:len(texts)].numpy() if rank == 0 else None
-    finally:
-        dist.destroy_process_group()
+    world = start(encoder.device.type)
+    share = encoder.encode(texts[world.rank::world.size], progress=progress and world.rank == 0)
+    vectors = interleaved_on_rank_0(world, torch.from_numpy(share), len(texts))
+    stop(world)
+    return vectors if vectors is None else vectors.numpy()
 
 
 # ----- command line --------------------------------------------------------------------------------------------------

@@ -11,23 +11,29 @@ supervised fine-tuning; the numbers of the four stages stand in STAGES with wher
     python sft.py --stage 1 --data FILE.jsonl --dry-run                     the plan: rows, tokens, steps, memory
     python sft.py --stage 1 --data FILE.jsonl --inspect 3                   three rows as they are trained
 """
-import sys
+import functools
 
-from data import collate, messages_of, render_rows, show_example
+from data import collate, messages_of, render_rows
+from fast import attend_apart, causal_attention
 from files import Parser, run_main
-from train import (
+from parallel import stop
+from run import (
     CODE,
     OURS,
     REVIEW,
     SUMMARY,
     add_flags,
-    label_logps,
+    batches,
+    begin,
+    finish,
+    held_batches,
     open_run,
-    print_plan,
     read_examples,
-    run,
-    stop,
+    resume,
+    schedule,
+    shown,
 )
+from train import fit
 
 EVERY_STAGE = {"batch_size": (128, CODE), "warmup": (0.1, CODE), "weight_decay": (0.01, CODE), "clip": (1.0, OURS),
                "seed": (42, CODE), "max_length": (6144, "the authors' later runs")}
@@ -51,17 +57,31 @@ ONLY_KIND = {"cold-start": "complex"}
 
 
 def sft_loss(logits, labels):
-    """(summed cross-entropy, number of supervised tokens) of logits [B, T, V] and labels [B, T], -100: not trained.
+    """Labels are already shifted: label t is the token wanted *after* position t (Hugging Face's are not shifted).
 
-    log Z - logit[label] in fp32. The plain form; `loss_fn` computes the same without ever holding all the logits.
+    logits [B, T, V], labels [B, T] int64 (-100: not trained) -> (summed cross-entropy in fp32, supervised tokens):
+    the sum over supervised t of log Z_t - logit_t[label_t]. By hand, V = 3:
+
+        ids     2 0 1      logits_1 = logits_2 = [0, 0, ln 2], so Z = 1 + 1 + 2 = 4
+        labels  . 2 1      position 1 wants token 2, position 2 wants token 1; position 0 is not trained
+        loss    (ln 4 - ln 2) + (ln 4 - 0) = 3 ln 2, of 2 tokens
+
+    This is the plain form; `loss_fn` computes the same without ever holding all the logits.
     """
     wanted = labels != -100
     logits = logits[wanted].float()  # [N, V]
     return (logits.logsumexp(-1) - logits.gather(-1, labels[wanted][:, None])[:, 0]).sum(), wanted.sum()
 
 
+def label_logps(model, batch):
+    """log p(label) [B, T] in fp32 of a micro-batch of data.collate; packed documents do not see each other."""
+    documents = batch["documents"]
+    attend = functools.partial(attend_apart, documents) if documents and len(documents) > 1 else causal_attention
+    return model(batch["ids"], labels=batch["labels"], positions=batch["positions"], attend=attend)
+
+
 def loss_fn(model, batch):
-    """What `train.fit` calls for each micro-batch: (summed loss, supervised tokens, no further metrics)."""
+    """The loss of a micro-batch for `train.fit`: (summed loss, supervised tokens, no further metrics)."""
     return -label_logps(model, batch).sum(), (batch["labels"] != -100).sum(), {}
 
 # ----- a run ---------------------------------------------------------------------------------------------------------
@@ -80,25 +100,28 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    world, config, tokenizer = open_run(args)
-    examples, held, plan = read_examples(args, world, messages_of, kind=ONLY_KIND.get(args.stage), render=lambda rows:
-                                         render_rows(tokenizer, rows, args.max_length, on_bad_row=args.on_bad_row))
+    run = open_run(args, f"sft-{args.stage}", fixed=("stage",))
+    examples, held = read_examples(run, messages_of, render_rows, kind=ONLY_KIND.get(args.stage))
+    if shown(run, examples[:args.inspect or 0], lines_of_plan(run, examples)):
+        return stop(run.world)
+    training = begin(run)
+    resume(run, training)
+    fit(training, batches(run, examples, tokens_of, collate), loss_fn, **schedule(run),
+        held=held_batches(run, held, tokens_of, collate), where=lambda row: examples[row][0])
+    finish(run, training)
+    stop(run.world)
+
+
+def lines_of_plan(run, examples):
+    """The rows of the data, in lines; the plan gets the numbers of tokens."""
+    args, plan = run.args, run.plan
     plan |= {"tokens": sum(map(tokens_of, examples)),
              "tokens_supervised": sum(int((labels != -100).sum()) for *_, labels in examples)}
-    if world.rank == 0 and args.inspect:
-        for where, ids, labels in examples[:args.inspect]:
-            print(f"--- {where}: {len(ids)} tokens\n{show_example(tokenizer, ids, labels, sys.stdout.isatty())}")
-    if world.rank == 0 and not args.inspect:
-        print_plan(args, world, config, plan, [
-            f"rows: {plan['rows_read']:,} read, {plan['rows_bad']:,} bad, {plan['rows_of_another_kind']:,} of another "
+    return [f"rows: {plan['rows_read']:,} read, {plan['rows_bad']:,} bad, {plan['rows_of_another_kind']:,} of another "
             f"kind, {plan['rows_dropped']:,} dropped (no answer within --max-length {args.max_length:,}), "
             f"{plan['answers_truncated']:,} answers truncated",
             f"trained: {plan['rows_trained']:,} of {args.rows:,} rows asked for, {plan['tokens']:,} tokens, "
-            f"{plan['tokens_supervised']:,} of them supervised; held out: {plan['rows_held_out']:,} rows"])
-    if not args.inspect and not args.dry_run:
-        run(args, f"sft-{args.stage}", world, config, examples, held, plan, fixed=("stage",), tokens=tokens_of,
-            collate=collate, loss_fn=loss_fn)
-    stop(world)
+            f"{plan['tokens_supervised']:,} of them supervised; held out: {plan['rows_held_out']:,} rows"]
 
 
 def tokens_of(example):

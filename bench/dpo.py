@@ -1,12 +1,11 @@
 """DPO beside TRL's DPOTrainer: pairs per second, peak memory and the loss of each step, on the same pairs.
 
     python bench/dpo.py --data traces.jsonl --steps 1      ours and TRL, one after the other, each in its own process
-    python bench/dpo.py --data traces.jsonl --steps 2 --who ours ours-live trl
 
 Pairs come from the first rows of --data that have a "## Summarization": chosen is the response, rejected what stands
 under that heading alone; at most 1,024 tokens. Eight pairs an optimizer step, a constant rate, no warm-up. Ours: the
-reference precomputed once, its time counted in ("ours-live": a second model instead). TRL: a live reference, bf16
-autocast on fp32 weights, batches of 1 x 8 accumulated. Times leave out loading and the first import.
+reference precomputed once, its time counted in. TRL: a live reference, bf16 autocast on fp32 weights, batches of 1 x 8
+accumulated. Times leave out loading and the first import.
 """
 import json
 import os
@@ -21,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from compare import parse_args, peak_memory, run_each
 
-from data import Tokenizer, render_pairs, steps_of_epochs
+from data import Tokenizer, render_pairs
 from files import InputError, read_jsonl, run_main
 
 LR = 1e-6
@@ -44,36 +43,33 @@ def read_rows(args):
     return rows
 
 
-def ours(args, rows, live=False):
+def ours(args, rows):
     """[loss of each step], seconds, of which the precomputed reference took so many."""
     import dpo
     import train
-    world, tokenizer = train.start("auto"), Tokenizer.from_dir(args.model)
+    from fast import reuse_freed_memory
+    from parallel import start
+    from run import Run, default_budget
+    reuse_freed_memory()  # as the programs do, before the first tensor
+    world, tokenizer = start("auto"), Tokenizer.from_dir(args.model)
     pairs, _ = render_pairs(tokenizer, [(f"pair {i}", row) for i, row in enumerate(rows)], args.max_length)
-    budget = args.micro_tokens or train.default_budget(world)
+    budget = args.micro_tokens or default_budget(world)
     training = train.load_training(args.model, world, checkpoint_above=budget)
-    second = dpo.copy_of(training) if live else None
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         settings = SimpleNamespace(out=folder, model=args.model, micro_tokens=budget, max_length=args.max_length,
                                    seed=0, dtype="bf16")
-        known = {} if live else dpo.reference_logps(settings, training, tokenizer, pairs, [])
+        known = dpo.reference_logps(Run("dpo", settings, (), world, training.model.config, tokenizer), training, pairs)
     precomputed = time.perf_counter() - began
 
     def collate(pairs):
-        logps = [] if live else [known[where] for where, *_ in pairs]
-        return dpo.collate_pairs(pairs) | {"reference": torch.tensor(logps).view(-1, 2)}
+        reference = torch.tensor([known[where] for where, *_ in pairs])
+        return dpo.collate_pairs(pairs) | {"reference": reference.view(-1, 2)}
 
     def loss_fn(model, batch):
-        with torch.no_grad():
-            reference = dpo.pair_logps(second, batch) if live else batch["reference"]
-        return dpo.preference_loss(dpo.pair_logps(model, batch), reference, batch["lengths"])
-
-    def batches():
-        for rows, bins in steps_of_epochs(list(map(dpo.pair_tokens, pairs)), batch_size=args.batch_size, budget=budget,
-                                          seed=0):
-            yield rows, [collate([pairs[i] for i in own]) for own in bins]
-    stream = batches()
+        return dpo.preference_loss(dpo.pair_logps(model, batch), batch["reference"], batch["lengths"])
+    stream = train.epochs_of(pairs, batch_size=args.batch_size, budget=budget, seed=0, world=world,
+                             tokens=dpo.pair_tokens, collate=collate)(0)
     losses = [train.take_step(training, stream, loss_fn, LR, 1.0, ())[0]["loss"] for _ in range(args.steps)]
     return losses, time.perf_counter() - began, precomputed
 
@@ -113,8 +109,7 @@ def measure(args):
     """One opponent in this process; prints a line of JSON."""
     torch.set_num_threads(args.threads)
     rows = read_rows(args)
-    losses, seconds, precomputed = trl(args, rows) if args.measure == "trl" else \
-        ours(args, rows, live=args.measure == "ours-live")
+    losses, seconds, precomputed = (ours if args.measure == "ours" else trl)(args, rows)
     print(json.dumps({"who": args.measure, "pairs": len(rows), "seconds": round(seconds, 1),
                       "of them reference": round(precomputed, 1), "pairs_per_s": round(len(rows) / seconds, 4),
                       "losses": [round(loss, 4) for loss in losses]} | peak_memory()))
@@ -122,7 +117,7 @@ def measure(args):
 
 def main():
     args = parse_args(__doc__, data="traces: instruction, response with thought and summary", steps=2, batch_size=8,
-                      who=["ours", "trl"], choices=["ours", "ours-live", "trl"])
+                      who=["ours", "trl"], choices=["ours", "trl"])
     if args.measure:
         return measure(args)
     results = run_each(__file__, args)

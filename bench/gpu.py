@@ -28,7 +28,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import model as M  # noqa: E402
+from fast import reuse_freed_memory  # noqa: E402
 from files import InputError, Parser, run_main  # noqa: E402
+from generate import generate  # noqa: E402
 
 LLAMA_8B = M.LlamaConfig()  # Llama-3.1-8B
 SIZES = {
@@ -65,11 +67,12 @@ def theirs(folder):
 
 
 def decode_ours(folder):
+    reuse_freed_memory()  # as the programs do, before the first tensor
     start = clock()
     model, seconds = M.load_model(folder, "cuda"), []
     load_s = clock() - start
     for _ in range(2):
-        tokens = M.generate(model, random_ids(PROMPT).tolist(), max_new_tokens=NEW, temperature=0)
+        tokens = generate(model, random_ids(PROMPT).tolist(), max_new_tokens=NEW, temperature=0)
         next(tokens)
         start = clock()
         assert sum(1 for _ in tokens) == NEW - 1
@@ -94,6 +97,7 @@ def decode_theirs(folder, **settings):
 
 def ttt_ours(folder, snapshot_device, limit_gb=None):
     from ttt import adapted
+    reuse_freed_memory()
     if limit_gb:
         torch.cuda.set_per_process_memory_fraction(limit_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)
     model = M.load_model(folder, "cuda")
@@ -105,7 +109,7 @@ def ttt_ours(folder, snapshot_device, limit_gb=None):
         start = clock()
         with adapted(model, [example], snapshot_device=snapshot_device) as report:
             adapted_gb, began = peak_gb(), clock()
-            for _ in M.generate(model, random_ids(PROMPT).tolist(), max_new_tokens=NEW, temperature=0):
+            for _ in generate(model, random_ids(PROMPT).tolist(), max_new_tokens=NEW, temperature=0):
                 pass
             generate_s = clock() - began
         assert report.applied and report.restored
@@ -150,8 +154,11 @@ def ttt_theirs(folder):
 def sft_ours(folder, rows=8, steps=3):
     import train
     from data import collate
+    from parallel import start
+    from run import expected_memory
     from sft import loss_fn
-    world = train.start("cuda")
+    reuse_freed_memory()
+    world = start("cuda")
     training = train.load_training(folder, world, checkpoint_above=0)
     batches = []
     for i in range(rows):
@@ -159,8 +166,8 @@ def sft_ours(folder, rows=8, steps=3):
         batches.append(collate([("", ids[:-1], ids[1:])]))
     stream = iter([(range(rows), batches)] * steps)
     done = [train.take_step(training, stream, loss_fn, 1e-5, 1.0, ())[0] for _ in range(steps)]
-    expected = train.expected_memory(training.model.config, world, dtype=torch.bfloat16, tokens=ROW,
-                                     activation_checkpointing=True)
+    expected = expected_memory(training.model.config, world, dtype=torch.bfloat16, tokens=ROW,
+                               activation_checkpointing=True)
     seconds = statistics.median(row["tokens"] / row["tokens_per_s"] for row in done[1:])
     return {"tokens/s": round(rows * ROW / seconds, 1), "mfu": max(row["mfu"] for row in done[1:]),
             "GB": round(peak_gb(), 2), "GB by --dry-run": round(sum(expected.values()) / 1e9, 2),

@@ -37,10 +37,14 @@ def read_examples(args):
 
 def ours(args, examples):
     """[loss of each step], seconds."""
+    import parallel
     import train
+    from fast import reuse_freed_memory
+    from run import default_budget
     from sft import loss_fn
-    world = train.start("auto")
-    budget = args.micro_tokens or train.default_budget(world)
+    reuse_freed_memory()  # as the programs do, before the first tensor
+    world = parallel.start("auto")
+    budget = args.micro_tokens or default_budget(world)
     training = train.load_training(args.model, world, checkpoint_above=budget)
 
     def batches():

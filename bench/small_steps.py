@@ -14,34 +14,34 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dpo
-import model as model_module
+import rounding
 import sft
 import train
-from data import Tokenizer, collate, collate_pairs, draw_rows, pair_of, render_pairs, render_rows, steps_of_epochs
+from data import Tokenizer, collate, collate_pairs, draw_rows, pair_of, render_pairs, render_rows
+from fast import reuse_freed_memory
 from files import run_main, whole
+from model import load_model
+from parallel import World
+from run import export_model
 
 BUDGET = 1024
 BETA = 0.1
 
 
-def to_nearest_(target, source, generator=None):
-    target.copy_(source)
-
-
 @contextlib.contextmanager
 def rounding_to_nearest():
-    plain = train.stochastic_round_, model_module.stochastic_round_
-    train.stochastic_round_ = model_module.stochastic_round_ = to_nearest_
-    try:
+    """Where the rounder is looked up: in train, for each step, and in rounding, for copy_weights_ and so the export."""
+    def nearest(generator, device):
+        return lambda rounded, exact: rounded.copy_(exact)
+    with patch.object(train, "stochastic_rounder", nearest), patch.object(rounding, "stochastic_rounder", nearest):
         yield
-    finally:
-        train.stochastic_round_, model_module.stochastic_round_ = plain
 
 
 def sft_task(args, tokenizer):
@@ -55,7 +55,7 @@ def dpo_task(args, tokenizer):
     """Measured on 16 pairs that are not trained; the reference is the model as it lies on disk, in bf16."""
     rows, _ = draw_rows([args.data], (args.rows or args.steps * args.batch_size) + 16, seed=0, parse=pair_of)
     pairs, _ = render_pairs(tokenizer, rows, args.max_length or 1024)
-    reference = model_module.load_model(args.model, args.device)
+    reference = load_model(args.model, args.device)
     with torch.no_grad():
         logps = {pair[0]: dpo.pair_logps(reference, train.on_device(collate_pairs([pair]), args.device))[0]
                  for pair in pairs}
@@ -70,22 +70,24 @@ def dpo_task(args, tokenizer):
                            loss_fn=loss_fn)
 
 
-def run(args, rounding, task, folder):
+def trained(args, how, task, folder):
     """Held-out numbers [of the trained model as it computes, of its export loaded again]."""
-    world = train.World(0, 1, torch.device(args.device))
-    dtype = torch.float32 if rounding == "fp32" else torch.bfloat16
+    world = World(0, 1, torch.device(args.device))
+    dtype = torch.float32 if how == "fp32" else torch.bfloat16
     held = train.micro_batches_of(task.held, BUDGET, world, tokens=task.tokens, collate=task.collate)
-    with rounding_to_nearest() if rounding == "nearest" else contextlib.nullcontext():
+    with rounding_to_nearest() if how == "nearest" else contextlib.nullcontext():
         training = train.load_training(args.model, world, dtype=dtype, weight_decay=0.01, checkpoint_above=BUDGET)
-        batches = ((rows, [task.collate([task.trained[i] for i in own]) for own in bins])
-                   for rows, bins in steps_of_epochs(list(map(task.tokens, task.trained)), seed=0, budget=BUDGET,
-                                                     batch_size=args.batch_size))
-        for _ in tqdm(range(args.steps), desc=rounding, file=sys.stderr):
-            train.take_step(training, batches, task.loss_fn, args.lr, 1.0, ())
-        computed = train.evaluate(training, held, task.loss_fn)
-        train.export_model(training, folder / rounding, source=args.model, dtype=dtype, card="")
-    training.model = model_module.load_model(folder / rounding, args.device, dtype)
-    return computed, train.evaluate(training, held, task.loss_fn)
+        stream = train.epochs_of(task.trained, batch_size=args.batch_size, budget=BUDGET, seed=0, world=world,
+                                 tokens=task.tokens, collate=task.collate)(0)
+        for _ in tqdm(range(args.steps), desc=how, file=sys.stderr):
+            train.take_step(training, stream, task.loss_fn, args.lr, 1.0, ())
+        if how == "nearest":
+            assert all(torch.equal(weight, training.masters[name].bfloat16())
+                       for name, weight in training.model.named_parameters())
+        computed = train.validate(training, held, task.loss_fn)
+        export_model(training, folder / how, source=args.model, dtype=dtype, card="")
+    training.model = load_model(folder / how, args.device, dtype)
+    return computed, train.validate(training, held, task.loss_fn)
 
 
 def main():
@@ -105,26 +107,26 @@ def main():
     args.steps = args.steps or {"sft": 30, "dpo": 10}[args.loss]
     args.batch_size = args.batch_size or {"sft": 2, "dpo": 4}[args.loss]
     runs = args.runs or {"sft": ("fp32", "shipped", "nearest"), "dpo": ("shipped", "nearest")}[args.loss]
-    train.reuse_freed_memory()
+    reuse_freed_memory()
     task = {"sft": sft_task, "dpo": dpo_task}[args.loss](args, Tokenizer.from_dir(args.model))
     with tempfile.TemporaryDirectory() as folder:
-        results = {rounding: run(args, rounding, task, Path(folder)) for rounding in runs}
+        results = {how: trained(args, how, task, Path(folder)) for how in runs}
         head = f"{args.steps} steps of {args.batch_size} rows at {args.lr:g}; held out: {len(task.held)} rows"
         if args.loss == "dpo":
             print(f"{head}\n\n| run | accuracy as it computes | margin, nats | accuracy exported | margin, nats |\n"
                   "|---|---|---|---|---|")
-            for rounding, numbers in results.items():
-                print(f"| {rounding} | " + " | ".join(f"{one['accuracy']:.0%} | {one['margin'] / BETA:+.2f}"
+            for how, numbers in results.items():
+                print(f"| {how} | " + " | ".join(f"{one['accuracy']:.0%} | {one['margin'] / BETA:+.2f}"
                                                       for one in numbers) + " |")
             return
         args.steps = 0
-        before = run(args, "fp32", task, Path(folder))[0]["loss"]
+        before = trained(args, "fp32", task, Path(folder))[0]["loss"]
     print(f"{head}; loss before {before:.4f}\n\n| run | as it computes | exported | kept of the fp32 run's fall |\n"
           "|---|---|---|---|")
-    for rounding, (computed, exported) in results.items():
+    for how, (computed, exported) in results.items():
         fall = before - results["fp32"][1]["loss"] if "fp32" in results else float("nan")
         kept = (before - exported["loss"]) / fall
-        print(f"| {rounding} | {computed['loss']:.4f} | {exported['loss']:.4f} | {kept:.0%} |")
+        print(f"| {how} | {computed['loss']:.4f} | {exported['loss']:.4f} | {kept:.0%} |")
 
 
 if __name__ == "__main__":

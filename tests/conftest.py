@@ -1,5 +1,9 @@
-"""What every test file shares: where the real models lie, and tiny random ones."""
+"""What every test file shares: where the real models lie, tiny random ones, and random rows for them."""
+import gzip
+import json
+import math
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -7,10 +11,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
+from safetensors.torch import save_file
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 import model as M
+from data import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "models/smollm2-135m-instruct"
@@ -19,6 +28,10 @@ sys.path.insert(0, str(ROOT))
 
 CONFIG = M.LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, rope_scaling=None)
+# of the runs over several ranks: 32 is no multiple of 3
+RUN_CONFIG = M.LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+                           rope_scaling=None, tie_word_embeddings=True)
 
 torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -67,3 +80,191 @@ def base(smollm2, tmp_path_factory):
     config = replace(CONFIG, vocab_size=49152, hidden_size=32, max_position_embeddings=8192, tie_word_embeddings=True)
     M.save_model(M.Llama(config).init_weights(2).to(torch.bfloat16), folder, source=smollm2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """The folder of a tiny random model with tied weights, stored in fp32."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    M.save_model(M.Llama(RUN_CONFIG).init_weights(1), folder)
+    return folder
+
+# ----- models, rows and files for training ---------------------------------------------------------------------------
+
+
+def tiny_llama(seed=1, tied=False):
+    return M.Llama(replace(CONFIG, tie_word_embeddings=tied)).init_weights(seed)
+
+
+def gradients(model, loss):
+    """{name: gradient of `loss`}."""
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_close(one, other, relative):
+    """Every tensor of the dict `one` is, at its worst element, within `relative` of its largest of that in `other`."""
+    for name in one:
+        assert (one[name] - other[name]).abs().max() <= relative * one[name].abs().max(), name
+
+
+def random_examples(lengths, seed=0):
+    """SFT rows of random ids, of which 70 % are trained."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for n in lengths:
+        ids = rng.integers(0, 300, n).astype(np.int32)
+        labels = np.append(ids[1:], ids[:1])
+        labels[rng.random(n) < 0.3] = -100
+        rows.append(("", ids, labels))
+    return rows
+
+
+def random_pairs(sizes, seed=0):
+    """DPO pairs of random ids; sizes [(of the prompt, the chosen, the rejected answer), …]."""
+    rng = np.random.default_rng(seed)
+    return [(f"pair {i}", *(rng.integers(0, 300, n).astype(np.int32) for n in own)) for i, own in enumerate(sizes)]
+
+
+def write_jsonl(path, rows):
+    """Writes dicts, or lines as they are, to a .jsonl or .jsonl.gz file; its name."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    data = ("\n".join(lines) + "\n").encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+# ----- encoders and texts --------------------------------------------------------------------------------------------
+
+WORDS = ["the", "patient", "has", "pain", "in", "chest", "and", "a", "fever", "after", "surgery", "which", "drug",
+         "would", "you", "give", "for", "asthma"]
+
+
+def random_texts(count, seed=0, longest=60):
+    """Sentences of 0 to `longest` known and unknown words."""
+    rng = np.random.default_rng(seed)
+    vocabulary = [*WORDS, "xyzzy", "Zoë", "[", "]", "42", "肺炎", "?"]
+    return [" ".join(rng.choice(vocabulary, rng.integers(0, longest))) for _ in range(count)]
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def tiny_encoder(directory, pooling="cls", prefix="", seed=0, max_seq_length=40, lower_case=True):
+    """A random two-layer BERT in sentence-transformers' layout; every tensor is random, so that each one matters."""
+    from transformers import BertConfig, BertModel
+    pieces = [*WORDS, *"abcdefghijklmnopqrstuvwxyz0123456789[]?", *("##" + c for c in "abcdefghijklmnopqrstuvwxyz")]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *pieces]))}
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")])
+    tokenizer.enable_truncation(7)  # as published files do: what is stored here must not be obeyed
+    tokenizer.enable_padding(length=9)
+    config = BertConfig(vocab_size=len(vocabulary), hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=80, max_position_embeddings=64, layer_norm_eps=0.02)
+    torch.manual_seed(seed)
+    model = BertModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(float("LayerNorm.weight" in name), 0.3)
+    directory.mkdir(parents=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    write_json(directory / "config.json", config.to_dict() | {"model_type": "bert", "architectures": ["BertModel"]})
+    write_json(directory / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]",
+        "unk_token": "[UNK]"})
+    write_json(directory / "modules.json", [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}])
+    write_json(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": 48, **{
+        f"pooling_mode_{name}": name.startswith(pooling) for name in ("cls_token", "mean_tokens", "max_tokens")}})
+    write_json(directory / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": True})
+    save_file({prefix + name: tensor for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
+    return directory, model
+
+# ----- models beside transformers ------------------------------------------------------------------------------------
+
+TINY = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
+CONFIGS = {
+    "untied, llama3 scaling": {**TINY, "tie_word_embeddings": False, "rope_parameters": LLAMA3,
+                               "max_position_embeddings": 131072},
+    "tied": {**TINY, "tie_word_embeddings": True},
+    "head_dim is not width / heads": {**TINY, "head_dim": 24, "num_key_value_heads": 4},
+}
+TEXTS = ["What causes chest pain?", "The patient is a 67-year-old man with fever, cough and confusion.",
+         "1 + 1 =", "Metformin lowers glucose because", "甲状腺功能亢进的症状是什么?",
+         "def bmi(weight, height):\n    return", "🙂 ok",
+         "Name three causes of hyponatremia.", "Once upon a time", "List the cranial nerves in order:", "HbA1c 9.2 %",
+         "A 24-year-old woman at 39 weeks of gestation", "Insulin resistance means", "## Thought\n\nOkay,",
+         "Why is the sky blue?", "Wie viele Knochen hat der Mensch?", "Warfarin and vitamin K", "SELECT name FROM",
+         "In summary, the treatment of anaphylaxis is", "Dr. Smith said: \"Take two tablets"]
+
+
+def tiny_pair(name, folder, seed=0):
+    """(transformers' model, ours) with the same random weights, in fp32; its folder."""
+    import transformers
+    torch.manual_seed(seed)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIGS[name])).eval()
+    theirs.save_pretrained(folder)
+    return theirs, M.load_model(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def real_pair(smollm2):
+    """(transformers' SmolLM2, ours, the tokenizer), in fp32."""
+    import transformers
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    return theirs, M.load_model(smollm2, dtype=torch.float32), Tokenizer.from_dir(smollm2)
+
+
+def reference_filter(logits, temperature, top_p, top_k, min_p):
+    """transformers' own warpers, in its order, as probabilities."""
+    from transformers.generation import logits_process as L
+    scores = logits[None].double()
+    warpers = [L.TemperatureLogitsWarper(temperature)]
+    warpers += [L.TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [L.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    for warper in warpers:
+        scores = warper(None, scores)
+    if min_p:
+        p = scores.softmax(-1)
+        scores = scores.masked_fill(p < min_p * p.max(), -math.inf)
+    return scores.softmax(-1)[0]
+
+# ----- a model to adapt and put back ---------------------------------------------------------------------------------
+
+ADAPTED_CONFIG = replace(CONFIG, vocab_size=97, num_hidden_layers=3, max_position_embeddings=256,
+                         tie_word_embeddings=True)
+
+
+def tiny(dtype=torch.bfloat16, seed=0, tied=True):
+    return M.Llama(replace(ADAPTED_CONFIG, tie_word_embeddings=tied)).to(dtype).init_weights(seed).eval()
+
+
+def tiny_examples(n=2, length=24):
+    """[(ids, labels), …] for test-time training, the first of each not trained."""
+    rng = random.Random(1)
+    examples = []
+    for _ in range(n):
+        ids = [rng.randrange(97) for _ in range(length)]
+        examples.append((ids[:-1], [-100] * 6 + ids[7:]))
+    return examples
+
+
+def bits(model):
+    """A copy of the bytes of every parameter."""
+    return [parameter.detach().clone().view(torch.uint8) for parameter in model.parameters()]
+
+
+def same(model, before):
+    """Whether the model's `bits` are those of `before`."""
+    return all(torch.equal(now, then) for now, then in zip(bits(model), before))

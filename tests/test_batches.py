@@ -1,11 +1,10 @@
-"""data.py's training half: reading rows, drawing them, and dividing them into steps and micro-batches."""
-import gzip
-import json
+"""data.py's training half: reading rows and pairs, drawing them, and dividing them into steps and micro-batches."""
 from itertools import chain, islice
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +12,13 @@ from data import (
     CHAT_TEMPLATES,
     Tokenizer,
     collate,
+    collate_pairs,
     draw_rows,
+    pair_of,
     render_chat,
+    render_pairs,
     render_rows,
+    rows_of_pair,
     show_example,
     split_step,
     steps_of_epochs,
@@ -31,18 +34,12 @@ PREFERENCE = {"prompt": [{"role": "user", "content": "Who?"}],
               "chosen": [{"role": "assistant", "content": "The nurse."}],
               "rejected": [{"role": "assistant", "content": "Nobody."}]}
 
-
-def write(path, rows):
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    data = ("\n".join(lines) + "\n").encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return str(path)
-
 # ----- reading and drawing -------------------------------------------------------------------------------------------
 
 
 def test_all_kinds_of_rows_are_read_from_plain_and_gz_files(tmp_path):
-    files = [write(tmp_path / "a.jsonl", [FINEMED, MESSAGES]), write(tmp_path / "b.jsonl.gz", [PAIR, PREFERENCE])]
+    files = [write_jsonl(tmp_path / "a.jsonl", [FINEMED, MESSAGES]),
+             write_jsonl(tmp_path / "b.jsonl.gz", [PAIR, PREFERENCE])]
     rows, report = draw_rows(files, 10, seed=0)
     found = {where.rsplit("/")[-1]: messages for where, messages in rows}
     assert sorted((where, messages[-1]["content"]) for where, messages in found.items()) == [
@@ -62,7 +59,7 @@ def test_all_kinds_of_rows_are_read_from_plain_and_gz_files(tmp_path):
     ({"instruction": "?", "response": 7}, "rows.jsonl:2: found no text under response"),
 ])
 def test_a_bad_row_stops_or_is_counted(tmp_path, row, message):
-    path = write(tmp_path / "rows.jsonl", [PAIR, row, PAIR])
+    path = write_jsonl(tmp_path / "rows.jsonl", [PAIR, row, PAIR])
     with pytest.raises(InputError, match=message):
         draw_rows([path], 10, seed=0)
     rows, report = draw_rows([path], 10, seed=0, on_bad_row="skip")
@@ -70,7 +67,7 @@ def test_a_bad_row_stops_or_is_counted(tmp_path, row, message):
 
 
 def test_the_draw_depends_on_the_seed_and_the_place_alone(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [PAIR | {"response": str(i)} for i in range(200)])
+    path = write_jsonl(tmp_path / "rows.jsonl", [PAIR | {"response": str(i)} for i in range(200)])
     all_rows = [where for where, _ in draw_rows([path], 200, seed=1)[0]]
     assert len(set(all_rows)) == 200
     assert [where for where, _ in draw_rows([path], 50, seed=1)[0]] == all_rows[:50]
@@ -80,7 +77,7 @@ def test_the_draw_depends_on_the_seed_and_the_place_alone(tmp_path):
 
 
 def test_rows_of_another_kind_are_left_out(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [FINEMED, FINEMED | {"instruction_type": "complex"}, PAIR])
+    path = write_jsonl(tmp_path / "rows.jsonl", [FINEMED, FINEMED | {"instruction_type": "complex"}, PAIR])
     rows, report = draw_rows([path], 10, seed=0, kind="complex")
     assert sorted(where[-1] for where, _ in rows) == ["2", "3"] and report["other kind"] == 1
 
@@ -125,6 +122,81 @@ def test_exported_chat_templates_are_ours():
                 ours = "".join(names.get(i) or chr(i - 100) for i in ids)
                 compiled = jinja2.Template(source, keep_trailing_newline=True)
                 assert compiled.render(messages=talk, add_generation_prompt=ask) == ours, template
+
+def test_supervised_spans_are_the_answers():
+    """The decoded labels of a conversation of two turns, for each template (characters stand for tokens)."""
+    control = {name: i for i, name in enumerate((
+        "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>",
+        "<s>", "</s>"))}
+    talk = [{"role": "user", "content": "Why <|eot_id|>?"}, {"role": "assistant", "content": "Because."},
+            {"role": "user", "content": "So?"}, {"role": "assistant", "content": "Yes."}]
+    expected = {"llama3": "Because.<|eot_id|>Yes.<|eot_id|>", "chatml": "Because.<|im_end|>Yes.<|im_end|>",
+                "llama2": "Because. </s>Yes. </s>"}  # the template's own space before its end
+    names = {i: name for name, i in control.items()}
+    for template, answers in expected.items():
+        tokenizer = Tokenizer(lambda text: [ord(c) + 100 for c in text], None, control, set(), template, 1 << 21)
+        (_, ids, labels), = render_rows(tokenizer, [("", talk)], 10_000)[0]
+        assert "".join(names.get(i) or chr(i - 100) for i in labels if i != -100) == answers
+        assert render_chat(tokenizer, talk)[0][1:] == [*ids[1:], render_chat(tokenizer, talk)[0][-1]]
+
+# ----- pairs ---------------------------------------------------------------------------------------------------------
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+PROMPT, GOOD, BAD = [said("user", "Who?")], [said("assistant", "The nurse.")], [said("assistant", "Nobody.")]
+
+
+@pytest.mark.parametrize("row", [
+    {"text": "a passage", "complexity": 9, "quality": 8, "language": "en", "prompt": PROMPT, "chosen": GOOD,
+     "rejected": BAD},
+    {"prompt": "Who?", "chosen": "The nurse.", "rejected": "Nobody."},
+    {"instruction": "Who?", "chosen": "The nurse.", "rejected": "Nobody."},
+    {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD},
+    {"prompt": "Who?", "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}])
+def test_all_kinds_of_pairs_are_read(row):
+    assert pair_of(row) == (PROMPT, "The nurse.", "Nobody.")
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"prompt": "?", "chosen": "!"}, r"found no answer under rejected \(keys: chosen, prompt\)"),
+    ({"prompt": "?", "chosen": [], "rejected": "!"}, "found no answer under chosen"),
+    ({"prompt": "?", "chosen": 7, "rejected": "!"}, "found no answer under chosen"),
+    ({"chosen": "yes", "rejected": "no"}, "found no text under instruction or prompt"),
+    ({"prompt": "", "chosen": "yes", "rejected": "no"}, "found no text under instruction or prompt"),
+    ({"chosen": PROMPT + GOOD, "rejected": [said("user", "What?"), *BAD]}, "differ before their last message"),
+    ({"prompt": "Why?", "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}, "the prompt is not what chosen and"),
+    ({"prompt": PROMPT, "chosen": PROMPT, "rejected": BAD}, "chosen has 1 message.s., the last from 'user'"),
+    ({"prompt": PROMPT, "chosen": GOOD + GOOD, "rejected": BAD}, "chosen has 2 message.s."),
+    ({"prompt": PROMPT + GOOD, "chosen": GOOD, "rejected": BAD}, "after a prompt that ends with the user's"),
+    ({"prompt": [said("system", "Hi.")], "chosen": GOOD, "rejected": BAD}, "after a prompt that ends with the user's"),
+    ({"prompt": PROMPT, "chosen": [{"role": "assistant", "content": None}], "rejected": BAD}, "of type NoneType")])
+def test_a_bad_pair_is_refused(row, message):
+    with pytest.raises(InputError, match=message):
+        pair_of(row)
+
+
+def test_rendering_keeps_prompts_cuts_answers_and_drops_what_says_nothing(smollm2):
+    tokenizer = Tokenizer.from_dir(smollm2)
+    long, prompt = "word " * 40, len(render_chat(tokenizer, PROMPT, add_generation_prompt=True)[0])
+    rows = [("plain", (PROMPT, "The nurse.", "Nobody.")), ("cut", (PROMPT, "a " + long, "b " + long)),
+            ("same", (PROMPT, "Yes.", "Yes.")), ("same when cut", (PROMPT, long + "a", long + "b")),
+            ("blank", (PROMPT, "Yes.", " \n")), ("crowded", ([said("user", long)], "Yes.", "No."))]
+    pairs, report = render_pairs(tokenizer, rows, prompt + 20)
+    assert [where for where, *_ in pairs] == ["plain", "cut"]
+    assert report == {"truncated": 2, "equal": 2, "empty": 1, "dropped": 1, "faults": [
+        "same: the answers are equal", "same when cut: the answers are equal within the length",
+        "blank: an answer is empty", f"crowded: a prompt of {prompt + 39} tokens leaves no room for an answer"]}
+    (_, ids, chosen, rejected), cut = pairs
+    assert tokenizer.decode(ids).endswith("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(chosen) == "The nurse.<|im_end|>" and tokenizer.decode(rejected) == "Nobody.<|im_end|>"
+    assert len(cut[1]) == prompt and len(cut[2]) == len(cut[3]) == 21  # the last of 21 is no input: 20 + the prompt
+    shown = show_example(tokenizer, *rows_of_pair(ids, chosen, rejected)[1], colour=False)
+    assert shown.endswith("Who?<|im_end|>\n<|im_start|>assistant\n⟦Nobody.<|im_end|>⟧")
+    with pytest.raises(InputError, match="bad: half a character"):
+        render_pairs(tokenizer, [("bad", (PROMPT, "\ud800", "No."))], 60)
 
 # ----- steps and micro-batches ---------------------------------------------------------------------------------------
 
@@ -196,3 +268,17 @@ def test_packed_and_padded_by_hand():
     empty = collate([])
     assert empty["ids"].shape == (1, 8) and empty["ids"].dtype == torch.int64
     assert empty["tokens"] == 0 and (empty["labels"] == -100).all()
+
+
+def test_a_pair_by_hand():
+    """Filled up to 8 tokens with a document of untrained ones."""
+    batch = collate_pairs([("", *(np.array(ids, np.int32) for ids in ([1, 2, 3], [4, 5], [6])))])
+    assert batch["ids"].tolist() == [[1, 2, 3, 4, 3, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 4, 5, 6, -100, -100, -100]]
+    assert batch["positions"].tolist() == [0, 1, 2, 3, 2, 0, 1, 2] and batch["documents"] == [(2, [2, 1]), (0, [3])]
+    assert batch["parts"] == [4, 1, 3] and batch["lengths"].tolist() == [[2, 1]] and batch["tokens"] == 5
+    two = collate_pairs([("", *(np.array(ids, np.int32) for ids in ([1, 2, 3], [4, 5], [6])))], shared=False)
+    assert two["ids"].tolist() == [[1, 2, 3, 4, 1, 2, 3, 0]]
+    assert two["positions"].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    assert two["labels"].tolist() == [[-100, -100, 4, 5, -100, -100, 6, -100]]
+    assert two["documents"] == [(0, [4]), (0, [3]), (0, [1])]

@@ -16,17 +16,15 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, assert_close, gradients, random_pairs, tiny_llama, write_jsonl
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from test_batches import write
-from test_sft import assert_close, gradients, tiny
 
 import data
 import dpo
 import model as M
 import train
-from data import Tokenizer, collate_pairs, pair_of, render_chat, render_pairs, show_example
+from data import collate_pairs
 from dpo import dpo_loss, pair_logps, preference_loss, sequence_logps
 from files import InputError
 
@@ -178,13 +176,12 @@ def test_sequence_logps_by_hand():
     logps, n = sequence_logps(logits, torch.tensor([[0, 1, -100], [0, -100, -100]]))
     assert logps.tolist() == pytest.approx([-math.log(8), 0.0], rel=1e-6) and n.tolist() == [2, 1]
     assert sequence_logps(logits.bfloat16(), torch.full((2, 3), -100))[0].tolist() == [0.0, 0.0]
+    # the docstring's example
+    logits = torch.tensor([[[5.0, 5.0, 5.0], [0.0, 0.0, math.log(2)], [0.0, 0.0, math.log(2)]]])
+    logps, n = sequence_logps(logits, torch.tensor([[-100, 2, 1]]))
+    assert logps.tolist() == pytest.approx([-3 * math.log(2)], rel=1e-6) and n.tolist() == [2]
 
 # ----- both answers in one pass --------------------------------------------------------------------------------------
-
-
-def random_pairs(sizes, seed=0):
-    rng = np.random.default_rng(seed)
-    return [(f"pair {i}", *(rng.integers(0, 300, n).astype(np.int32) for n in own)) for i, own in enumerate(sizes)]
 
 
 SIZES = [(9, 14, 5), (1, 3, 8), (30, 1, 2), (4, 20, 20)]  # of prompt, chosen and rejected
@@ -199,7 +196,7 @@ def plain_logp(model, prompt, answer):
 
 def test_one_pass_is_two_rows_is_the_textbook():
     """Log-probabilities and gradients: prompt once, prompt twice, and each answer alone; in one micro-batch or four."""
-    model, pairs = tiny(), random_pairs(SIZES)
+    model, pairs = tiny_llama(), random_pairs(SIZES)
     expected = torch.stack([torch.stack([plain_logp(model, prompt, answer) for answer in answers])
                             for _, prompt, *answers in pairs])
     weights = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
@@ -217,7 +214,7 @@ def test_one_pass_is_two_rows_is_the_textbook():
 
 def test_answers_and_pairs_do_not_see_each_other():
     """Another first token of one chosen answer changes that answer's log-probability and no other, to the bit."""
-    model, pairs = tiny(), random_pairs(SIZES)
+    model, pairs = tiny_llama(), random_pairs(SIZES)
     changed = [(where, prompt, (chosen + 1) % 300 if where == "pair 0" else chosen, rejected)
                for where, prompt, chosen, rejected in pairs]
     with torch.no_grad():
@@ -225,22 +222,8 @@ def test_answers_and_pairs_do_not_see_each_other():
     assert same.tolist() == [[False, True]] + [[True, True]] * 3
 
 
-def test_a_pair_by_hand():
-    """Filled up to 8 tokens with a document of untrained ones."""
-    batch = collate_pairs([("", *(np.array(ids, np.int32) for ids in ([1, 2, 3], [4, 5], [6])))])
-    assert batch["ids"].tolist() == [[1, 2, 3, 4, 3, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, -100, 4, 5, 6, -100, -100, -100]]
-    assert batch["positions"].tolist() == [0, 1, 2, 3, 2, 0, 1, 2] and batch["documents"] == [(2, [2, 1]), (0, [3])]
-    assert batch["parts"] == [4, 1, 3] and batch["lengths"].tolist() == [[2, 1]] and batch["tokens"] == 5
-    two = collate_pairs([("", *(np.array(ids, np.int32) for ids in ([1, 2, 3], [4, 5], [6])))], shared=False)
-    assert two["ids"].tolist() == [[1, 2, 3, 4, 1, 2, 3, 0]]
-    assert two["positions"].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
-    assert two["labels"].tolist() == [[-100, -100, 4, 5, -100, -100, 6, -100]]
-    assert two["documents"] == [(0, [4]), (0, [3]), (0, [1])]
-
-
 def test_a_micro_batch_without_pairs_gives_gradients_of_zero():
-    model, batch = tiny(), collate_pairs([])
+    model, batch = tiny_llama(), collate_pairs([])
     loss, n, metrics = preference_loss(pair_logps(model, batch), torch.zeros(0, 2), batch["lengths"])
     assert loss.item() == 0 and n == 0 and set(map(float, metrics.values())) == {0.0} and "kl" in metrics
     assert all((grad == 0).all() for grad in gradients(model, loss).values())
@@ -249,7 +232,7 @@ def test_a_micro_batch_without_pairs_gives_gradients_of_zero():
 @pytest.mark.parametrize("name", ["sigmoid", "ipo", "nll"])
 def test_gradient_of_a_step_is_that_of_two_plain_models(name):
     """Policy and reference as two models, a row at a time, the loss written out with log(1 + e^-x)."""
-    policy, reference, pairs = tiny(1, tied=True), tiny(2, tied=True), random_pairs(SIZES)
+    policy, reference, pairs = tiny_llama(1, tied=True), tiny_llama(2, tied=True), random_pairs(SIZES)
     total = 0
     for _, prompt, *answers in pairs:
         better, worse = (plain_logp(policy, prompt, answer) for answer in answers)
@@ -277,65 +260,6 @@ def test_margin_and_accuracy_are_what_the_loss_compares():
         found = preference_loss(logps, reference, lengths, loss_type=loss_type)[2]
         assert found["margin"].item() == pytest.approx(margin) and found["accuracy"] == (margin > 0)
 
-# ----- rows ----------------------------------------------------------------------------------------------------------
-
-
-def said(role, content):
-    return {"role": role, "content": content}
-
-
-PROMPT, GOOD, BAD = [said("user", "Who?")], [said("assistant", "The nurse.")], [said("assistant", "Nobody.")]
-
-
-@pytest.mark.parametrize("row", [
-    {"text": "a passage", "complexity": 9, "quality": 8, "language": "en", "prompt": PROMPT, "chosen": GOOD,
-     "rejected": BAD},
-    {"prompt": "Who?", "chosen": "The nurse.", "rejected": "Nobody."},
-    {"instruction": "Who?", "chosen": "The nurse.", "rejected": "Nobody."},
-    {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD},
-    {"prompt": "Who?", "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}])
-def test_all_kinds_of_pairs_are_read(row):
-    assert pair_of(row) == (PROMPT, "The nurse.", "Nobody.")
-
-
-@pytest.mark.parametrize("row, message", [
-    ({"prompt": "?", "chosen": "!"}, r"found no answer under rejected \(keys: chosen, prompt\)"),
-    ({"prompt": "?", "chosen": [], "rejected": "!"}, "found no answer under chosen"),
-    ({"prompt": "?", "chosen": 7, "rejected": "!"}, "found no answer under chosen"),
-    ({"chosen": "yes", "rejected": "no"}, "found no text under instruction or prompt"),
-    ({"prompt": "", "chosen": "yes", "rejected": "no"}, "found no text under instruction or prompt"),
-    ({"chosen": PROMPT + GOOD, "rejected": [said("user", "What?"), *BAD]}, "differ before their last message"),
-    ({"prompt": "Why?", "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}, "the prompt is not what chosen and"),
-    ({"prompt": PROMPT, "chosen": PROMPT, "rejected": BAD}, "chosen has 1 message.s., the last from 'user'"),
-    ({"prompt": PROMPT, "chosen": GOOD + GOOD, "rejected": BAD}, "chosen has 2 message.s."),
-    ({"prompt": PROMPT + GOOD, "chosen": GOOD, "rejected": BAD}, "after a prompt that ends with the user's"),
-    ({"prompt": [said("system", "Hi.")], "chosen": GOOD, "rejected": BAD}, "after a prompt that ends with the user's"),
-    ({"prompt": PROMPT, "chosen": [{"role": "assistant", "content": None}], "rejected": BAD}, "of type NoneType")])
-def test_a_bad_pair_is_refused(row, message):
-    with pytest.raises(InputError, match=message):
-        pair_of(row)
-
-
-def test_rendering_keeps_prompts_cuts_answers_and_drops_what_says_nothing(smollm2):
-    tokenizer = Tokenizer.from_dir(smollm2)
-    long, prompt = "word " * 40, len(render_chat(tokenizer, PROMPT, add_generation_prompt=True)[0])
-    rows = [("plain", (PROMPT, "The nurse.", "Nobody.")), ("cut", (PROMPT, "a " + long, "b " + long)),
-            ("same", (PROMPT, "Yes.", "Yes.")), ("same when cut", (PROMPT, long + "a", long + "b")),
-            ("blank", (PROMPT, "Yes.", " \n")), ("crowded", ([said("user", long)], "Yes.", "No."))]
-    pairs, report = render_pairs(tokenizer, rows, prompt + 20)
-    assert [where for where, *_ in pairs] == ["plain", "cut"]
-    assert report == {"truncated": 2, "equal": 2, "empty": 1, "dropped": 1, "faults": [
-        "same: the answers are equal", "same when cut: the answers are equal within the length",
-        "blank: an answer is empty", f"crowded: a prompt of {prompt + 39} tokens leaves no room for an answer"]}
-    (_, ids, chosen, rejected), cut = pairs
-    assert tokenizer.decode(ids).endswith("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n")
-    assert tokenizer.decode(chosen) == "The nurse.<|im_end|>" and tokenizer.decode(rejected) == "Nobody.<|im_end|>"
-    assert len(cut[1]) == prompt and len(cut[2]) == len(cut[3]) == 21  # the last of 21 is no input: 20 + the prompt
-    shown = show_example(tokenizer, *data.rows_of_pair(ids, chosen, rejected)[1], colour=False)
-    assert shown.endswith("Who?<|im_end|>\n<|im_start|>assistant\n⟦Nobody.<|im_end|>⟧")
-    with pytest.raises(InputError, match="bad: half a character"):
-        render_pairs(tokenizer, [("bad", (PROMPT, "\ud800", "No."))], 60)
-
 # ----- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -346,7 +270,7 @@ def pair_rows(n, first=0):
 
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", pair_rows(46))
+    return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", pair_rows(46))
 
 
 def arguments(base, pairs_file, out, *more):
@@ -451,13 +375,12 @@ def test_a_killed_precompute_goes_on(base, pairs_file, trained, tmp_path):
 
 
 def test_ranks_and_micro_batches_change_nothing_but_the_order_of_sums(base, pairs_file, tmp_path):
-    """fp32: one rank, two ranks, small micro-batches, recomputed activations, and a live reference."""
+    """fp32: one rank, two ranks, small micro-batches, and recomputed activations."""
     fp32 = ("--dtype", "fp32", "--export-dtype", "fp32", "--max-steps", 3)
     variants = {"one": (1, ()), "two": (2, ()), "small": (1, ("--micro-tokens", 60)),
-                "live": (2, ("--reference", "live", "--activation-checkpointing"))}
+                "recomputed": (2, ("--activation-checkpointing",))}
     for name, (world, more) in variants.items():
         run_ranks(world, run_main, arguments(base, pairs_file, tmp_path / name, *fp32, *more))
-    assert not (tmp_path / "live/reference.safetensors").exists()
     expected, weights = metrics_of(tmp_path / "one"), load_file(tmp_path / "one/model/model.safetensors")
     assert [expected[0]["val_margin"], expected[1]["margin"]] == pytest.approx([0, 0], abs=1e-5)
     for name in variants:
@@ -477,18 +400,6 @@ def change_a_weight(model):
     save_file(tensors, model / "model.safetensors")
 
 
-def test_a_resume_with_another_live_reference_is_refused(base, pairs_file, tmp_path):
-    model = shutil.copytree(base, tmp_path / "model")
-    argv = arguments(model, pairs_file, tmp_path / "out", "--max-steps", 1, "--reference", "live")
-    dpo.main(argv)
-    dpo.main([*argv, "--resume"])
-    before = exported(tmp_path / "out")
-    change_a_weight(model)
-    with pytest.raises(InputError, match=r"made with other settings: reference weights was '[0-9a-f]{64}' and is '"):
-        dpo.main([*argv, "--resume"])
-    assert exported(tmp_path / "out") == before
-
-
 @pytest.mark.parametrize("what, change", [
     ("weights", "model"), ("data", "data"), ("template", "template"), ("max_length", ["--max-length", 300]),
     ("dtype", ["--dtype", "fp32"]), ("pairs", ["--val-rows", 5, "--rows", 20])])
@@ -501,7 +412,7 @@ def test_a_stale_reference_is_refused(base, pairs_file, trained, tmp_path, monke
         model = shutil.copytree(base, tmp_path / "model")
         change_a_weight(model)
     if change == "data":
-        pairs_file = write(tmp_path / "pairs.jsonl", [*pair_rows(45), {**pair_rows(1, 45)[0], "chosen": "Hm."}])
+        pairs_file = write_jsonl(tmp_path / "pairs.jsonl", [*pair_rows(45), {**pair_rows(1, 45)[0], "chosen": "Hm."}])
     if change == "template":
         monkeypatch.setattr(data, "CHATML_SYSTEM", "Be brief.")
     with pytest.raises(InputError, match=rf"reference.safetensors: computed with another .*{what}.*; expected the"):
@@ -544,11 +455,11 @@ def test_the_flags_reach_the_loss(base, pairs_file, tmp_path, more, loss):
 def test_dry_run_and_inspect_touch_nothing(base, tmp_path):
     rows = [*pair_rows(4), {"prompt": "?", "chosen": "Same.", "rejected": "Same."}, {"prompt": "?"},
             {"prompt": "?", "chosen": "Yes.", "rejected": " "}]
-    path = write(tmp_path / "pairs.jsonl.gz", rows)
+    path = write_jsonl(tmp_path / "pairs.jsonl.gz", rows)
     argv = arguments(base, path, tmp_path / "out", "--val-rows", 0, "--on-bad-row", "skip")
-    done = command(*argv, "--dry-run", "--reference", "live")
+    done = command(*argv, "--dry-run")
     assert done.returncode == 0 and "steps: 1 of 8 rows over 1 rank(s)" in done.stdout, done.stderr
-    for part in ("7 read, 1 bad; dropped: 1 with an empty answer, 1 with equal", "trained: 4 of", "GB  reference: 2"):
+    for part in ("7 read, 1 bad; dropped: 1 with an empty answer, 1 with equal", "trained: 4 of"):
         assert part in done.stdout
     assert f"skipped: {path}:6: found no answer under chosen" in done.stderr
     assert f"skipped: {path}:5: the answers are equal" in done.stderr
@@ -566,10 +477,9 @@ def test_dry_run_and_inspect_touch_nothing(base, tmp_path):
     (["--label-smoothing", "0.5"], "label smoothing 0.5: expected 0 to below 0.5"),
     (["--loss-type", "hinge", "--label-smoothing", "0.1"], "label smoothing 0.1 with loss 'hinge'"),
     (["--loss-type", "robust"], "--loss-type robust without --label-smoothing"),
-    (["--reference-free", "--reference", "live"], "--reference-free with --reference live: expected one of the two"),
     (["--val-rows", "46"], "no row left to train on (46 read, 46 held out)")], ids=str)
 def test_wrong_input_is_one_line(base, pairs_file, tmp_path, change, message):
-    bad = write(tmp_path / "bad.jsonl", [pair_rows(1)[0], {"prompt": "?", "chosen": "!"}])
+    bad = write_jsonl(tmp_path / "bad.jsonl", [pair_rows(1)[0], {"prompt": "?", "chosen": "!"}])
     argv = arguments(base, pairs_file, tmp_path / "out", *[bad if x == "BAD" else x for x in change])
     with pytest.raises(InputError) as caught:
         dpo.main(argv)

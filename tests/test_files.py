@@ -11,12 +11,12 @@ import pytest
 from conftest import ROOT
 
 import files
-from files import InputError, read_json, read_jsonl, sha256, write_json, written_aside
+from files import InputError, appended, finished_rows, read_json, read_jsonl, sha256, write_json, written_aside
 
 
 def test_strict_json(tmp_path):
     path = tmp_path / "x.json"
-    for text, found in (("{", "not valid"), ('{"a": NaN}', "NaN is not JSON"), 
+    for text, found in (("{", "not valid"), ('{"a": NaN}', "NaN is not JSON"),
                         ('{"a": 1, "a": 2}', "'a' stands twice"), ('{"a": 1e999}', "too large"),
                         ("[" * 200_000, "nested too deeply"), ("[1]", "found a JSON list"), ("", "not valid")):
         path.write_text(text)
@@ -115,6 +115,75 @@ def test_a_killed_writer_leaves_the_old_file_and_its_scraps_are_cleared(tmp_path
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1} and len(list(tmp_path.iterdir())) == 2
     write_json(tmp_path / "x.json", {"a": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+# a file of answers, a row for each question
+ANSWERS = [{"question": question, "answer": answer} for question, answer in (
+    ("Why?", "Because."), ("What is 39 °C?", "Fever,\nin 肺炎 too."), ("", "\u2028"), ("Is it over?", "Yes."))]
+BEGINS_WITH = b'{"question": "'
+
+
+def answer_all(path):
+    """What is left to answer is answered; how many rows were there before."""
+    done = list(finished_rows(path, BEGINS_WITH))
+    assert done == [(i + 1, row) for i, row in enumerate(ANSWERS[:len(done)])]
+    with appended(path) as append:
+        for row in ANSWERS[len(done):]:
+            append(row)
+    return len(done)
+
+
+def test_rows_cut_off_at_any_byte_are_resumed_to_the_identical_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "fsync", lambda handle: None)  # 500 times
+    path = tmp_path / "new/answers.jsonl"
+    assert list(finished_rows(path, BEGINS_WITH)) == [] and answer_all(path) == 0
+    whole = path.read_bytes()
+    assert whole.decode() == "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ANSWERS)
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        assert answer_all(path) == whole[:cut].count(b"\n")
+        assert path.read_bytes() == whole
+
+
+def test_a_row_is_on_disk_when_append_returns(tmp_path, monkeypatch):
+    sizes, path = [], tmp_path / "answers.jsonl"
+    monkeypatch.setattr(files.os, "fsync", lambda handle: sizes.append(os.fstat(handle).st_size))
+    with appended(path) as append:
+        for n, row in enumerate(ANSWERS, 1):
+            append(row)
+            assert len(sizes) == n and sizes[-1] == path.stat().st_size
+            assert path.read_bytes().count(b"\n") == n
+
+
+def test_killed_in_the_middle_of_a_row_it_goes_on(tmp_path):
+    """The kernel lets the process write 100 bytes, half of the second row of 60 and more, and then ends it."""
+    path, code = tmp_path / "answers.jsonl", (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv[1]); from files import appended\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
+        "with appended(sys.argv[2]) as append:\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "    for row in eval(sys.argv[3]): append(row); print('done', flush=True)")
+    rows = [row | {"answer": row["answer"] * 4} for row in ANSWERS]
+    killed = subprocess.run([sys.executable, "-c", code, ROOT, path, repr(rows)], stdout=subprocess.PIPE, text=True)
+    assert killed.returncode == -signal.SIGXFSZ and killed.stdout == "done\n" and path.stat().st_size == 100
+    assert list(finished_rows(path, BEGINS_WITH)) == [(1, rows[0])]
+    with appended(path) as append:
+        for row in rows[1:]:
+            append(row)
+    assert list(finished_rows(path, BEGINS_WITH)) == list(enumerate(rows, 1))
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"a thesis", "answers.jsonl:1: found something else than answers; expected a new name for --out"),
+    (b'{"question": "Why?"}\n{"quest? no', "answers.jsonl:2: found something else than answers"),
+    (b'{"question": "Why?"}\na line\n{"question": "', "answers.jsonl:2: not valid JSON"),
+    (b'[1]\n', "answers.jsonl:1: found list, expected a JSON object")])
+def test_a_foreign_file_is_refused_and_left_as_it_is(tmp_path, content, message):
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        list(finished_rows(path, BEGINS_WITH))
+    assert message in str(error.value) and path.read_bytes() == content
 
 
 @pytest.mark.parametrize("body, status, words", [

@@ -12,25 +12,37 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
-from test_dpo import random_pairs
-from test_model import CONFIGS, reference_filter, tiny_pair
-from test_retrieve import texts, tiny_encoder
-from test_sft import random_examples
-from test_train import CONFIG, batches_for
-from test_train import tiny as tiny_folder  # noqa: F401 (a fixture)
-from test_ttt import bits, same, tiny, tiny_examples
+from conftest import (
+    CONFIGS,
+    ROOT,
+    RUN_CONFIG,
+    bits,
+    random_examples,
+    random_pairs,
+    random_texts,
+    reference_filter,
+    same,
+    tiny,
+    tiny_encoder,
+    tiny_examples,
+    tiny_pair,
+)
+from ranks import batches_for
 from torch.distributed.device_mesh import init_device_mesh
 
 import dpo
 import model as M
 import retrieve
 import sft
+import snapshot
 import train
 import ttt
 from data import collate, collate_pairs
 from files import InputError
+from generate import generate, recorded_decoder, sample
+from parallel import World
 from retrieve import Encoder
+from rounding import stochastic_round_
 from sft import loss_fn
 
 pytestmark = pytest.mark.gpu
@@ -71,7 +83,7 @@ def test_recorded_decoding_gives_the_tokens_of_the_cpu_and_of_changed_weights(na
     for _ in range(2):
         for seed in range(5):
             prompt = torch.randint(0, 300, (20,), generator=torch.Generator().manual_seed(seed)).tolist()
-            greedy = partial(M.generate, ids=prompt, max_new_tokens=100, temperature=0)
+            greedy = partial(generate, ids=prompt, max_new_tokens=100, temperature=0)
             assert list(greedy(there)) == list(greedy(here))
         for model in (here, there):  # an adapted model generates with what it has now
             for parameter in model.parameters():
@@ -86,7 +98,7 @@ def test_a_recorded_step_sees_weights_changed_after_it_was_recorded(name, tmp_pa
     cache.kv.fill_(math.nan)  # what fresh memory may hold
     with torch.no_grad():
         there(ids[:, :5], cache=cache)
-        step = M.recorded_decoder(there, cache)
+        step = recorded_decoder(there, cache)
         for position in range(5, 12):
             torch.testing.assert_close(step(int(ids[0, position])), there(ids[:, :position + 1])[0, -1],
                                        rtol=1e-4, atol=1e-5)
@@ -104,7 +116,7 @@ def test_recorded_decoding_in_bf16_is_as_near_to_fp32_as_the_plain_forward(tmp_p
     ids = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(6)).cuda()
     cache = M.KVCache(half, 40)
     with torch.no_grad():
-        step = M.recorded_decoder(half, cache)
+        step = recorded_decoder(half, cache)
         expected, plain = exact(ids)[0], half(ids)[0]
         stepped = torch.stack([step(token).clone() for token in ids[0].tolist()])
     errors = [(logits.float() - expected).norm() / expected.norm() for logits in (stepped, plain)]
@@ -114,12 +126,12 @@ def test_recorded_decoding_in_bf16_is_as_near_to_fp32_as_the_plain_forward(tmp_p
 def test_sampling_on_the_gpu():
     logits = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5])
     generator, n = torch.Generator("cuda").manual_seed(8), 5_000
-    drawn = torch.tensor([M.sample(logits.cuda(), generator, 1.0, top_p=0.95) for _ in range(n)])
+    drawn = torch.tensor([sample(logits.cuda(), generator, 1.0, top_p=0.95) for _ in range(n)])
     found, expected = drawn.bincount(minlength=5) / n, reference_filter(logits, 1.0, 0.95, 0, 0.0).float()
     assert (found - expected).abs().max() < 4 * 0.5 / n ** 0.5 and found[3] == expected[3] == 0
     for temperature in (0, 1.0):
         with pytest.raises(InputError, match="not finite"):
-            M.sample(torch.tensor([0.0, math.nan, 1.0], device="cuda"), generator, temperature)
+            sample(torch.tensor([0.0, math.nan, 1.0], device="cuda"), generator, temperature)
     assert torch.ones(1, device="cuda").item() == 1  # no assertion on the device has ended the process's use of it
 
 
@@ -127,12 +139,12 @@ def test_sampling_on_the_gpu():
 def test_a_token_is_waited_for_once(temperature):
     logits = torch.randn(5000, device="cuda") * 5  # more than 512, and the nucleus among the likeliest of them
     generator = torch.Generator("cuda").manual_seed(0)
-    M.sample(logits, generator, temperature)
+    sample(logits, generator, temperature)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
-            M.sample(logits, generator, temperature)
+            sample(logits, generator, temperature)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 1, [str(one.message) for one in waits]
@@ -145,25 +157,26 @@ def test_stochastic_rounding_is_unbiased_on_the_gpu():
     generator, n, total = torch.Generator("cuda").manual_seed(1), 64, torch.zeros_like(exact)
     for _ in range(n):
         target = torch.empty_like(exact, dtype=torch.bfloat16)
-        M.stochastic_round_(target, exact, generator)
+        stochastic_round_(target, exact, generator)
         assert ((target == low) | (target == high)).all()
         total += target.float()
     error = ((total / n - exact) / (high - low)).mean()
     assert abs(error) < 4 * 0.5 / (n * len(exact)) ** 0.5
     exact[:3] = torch.tensor([math.nan, math.inf, -math.inf])
-    M.stochastic_round_(target, exact, generator)
+    stochastic_round_(target, exact, generator)
     torch.testing.assert_close(target[:3].float(), exact[:3], equal_nan=True)
 
 # ----- test-time training --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["signsgd", "adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["signsgd", "adam", "sgd"])
 def test_fp32_steps_are_those_of_the_cpu(optimizer):
     """lr 1e-3, and small gradients apart: where g is near 0, the sign of a last bit would decide a whole step."""
     here = tiny(torch.float32)
     there = on_gpu(here)
     for model in (here, there):
-        ttt.take_steps(model, tiny_examples(), ttt.make_update(optimizer, 1e-3, None, eps=1e-3), 2)
+        generator = torch.Generator(model.norm.weight.device)
+        ttt.take_steps(model, tiny_examples(), ttt.make_update(optimizer, 1e-3, generator, eps=1e-3), 2)
     for ours, theirs in zip(there.parameters(), here.parameters()):
         torch.testing.assert_close(ours.detach().cpu(), theirs.detach(), rtol=1e-3, atol=1e-5)
 
@@ -180,7 +193,7 @@ def test_everything_is_as_it_was_on_the_gpu(snapshot_device, recompute):
                          activation_checkpointing=recompute) as report:
             assert report.applied and report.loss_after < report.loss_before and not same(model, before)
             torch.randn(3, device="cuda")
-            return list(M.generate(model, ids, max_new_tokens=20, temperature=1.0))
+            return list(generate(model, ids, max_new_tokens=20, temperature=1.0))
     first = ask()
     held = torch.cuda.memory_allocated()
     for _ in range(20):
@@ -204,7 +217,7 @@ def test_restored_whatever_happens_on_the_gpu(kind, point, monkeypatch):
             return function(*args)
         return striking
     if point == "copied":
-        monkeypatch.setattr(ttt, "copied", struck(ttt.copied))
+        monkeypatch.setattr(snapshot, "copied", struck(snapshot.copied))
     if point == "make_update":
         make_update = ttt.make_update
         monkeypatch.setattr(ttt, "make_update", lambda *args: struck(make_update(*args)))
@@ -215,7 +228,7 @@ def test_restored_whatever_happens_on_the_gpu(kind, point, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("optimizer", ["signsgd", "adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["signsgd", "adam", "sgd"])
 def test_a_gradient_that_is_not_finite_is_noticed_on_the_gpu(optimizer, value):
     model = tiny().cuda()
     before = bits(model)
@@ -226,12 +239,12 @@ def test_a_gradient_that_is_not_finite_is_noticed_on_the_gpu(optimizer, value):
 
 
 def test_the_snapshot_waits_where_there_is_room(monkeypatch):
-    model, copies, copied = tiny().cuda(), [], ttt.copied
+    model, copies, copied = tiny().cuda(), [], snapshot.copied
     size = 2 * sum(weight.numel() for weight in model.parameters())
-    monkeypatch.setattr(ttt, "copied", lambda *args: copies.append(copied(*args)) or copies[-1])
+    monkeypatch.setattr(snapshot, "copied", lambda *args: copies.append(copied(*args)) or copies[-1])
     monkeypatch.setattr(torch.cuda, "memory_reserved", torch.cuda.memory_allocated)
     for optimizer, free, place in (("signsgd", 2 * size + 1, "cuda"), ("signsgd", 2 * size, "cpu"),
-                                   ("adamw", 6 * size + 1, "cuda"), ("adamw", 6 * size, "cpu")):
+                                   ("adam", 6 * size + 1, "cuda"), ("adam", 6 * size, "cpu")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
         before = bits(model)
         with ttt.adapted(model, tiny_examples(), lr=1e-2, optimizer=optimizer):
@@ -247,9 +260,9 @@ def test_two_texts_at_once_and_one_left_half_read():
     ids = list(range(20))
 
     def ask(model):
-        return list(M.generate(model, ids, max_new_tokens=30, temperature=0))
+        return list(generate(model, ids, max_new_tokens=30, temperature=0))
     alone = [ask(model) for model in models]
-    left = M.generate(models[0], ids, max_new_tokens=30, temperature=0)
+    left = generate(models[0], ids, max_new_tokens=30, temperature=0)
     first = [next(left) for _ in range(10)]
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(ask, models * 5)) == alone * 5
@@ -258,14 +271,14 @@ def test_two_texts_at_once_and_one_left_half_read():
 
 def test_the_digest_sees_every_bit_on_the_gpu():
     model = tiny().cuda()
-    before = ttt.digest(model)
+    before = snapshot.digest(model)
     for weight in model.parameters():
         word = weight.data.view(-1).view(torch.int16)
         for place in (0, len(word) // 2, -1):
             word[place] ^= 1
-            assert ttt.digest(model) != before
+            assert snapshot.digest(model) != before
             word[place] ^= 1
-    assert ttt.digest(model) == before
+    assert snapshot.digest(model) == before
 
 
 def test_the_bf16_step_is_kept_on_the_gpu():
@@ -273,7 +286,7 @@ def test_the_bf16_step_is_kept_on_the_gpu():
     whole = on_gpu(tiny(torch.bfloat16))
     exact = copy.deepcopy(whole).float()
     start = [weight.detach().clone() for weight in exact.parameters()]
-    ttt.take_steps(exact, tiny_examples(1), ttt.make_update("signsgd", 1e-5, None), 1)
+    ttt.take_steps(exact, tiny_examples(1), ttt.make_update("signsgd", 1e-5, torch.Generator("cuda")), 1)
     moved, wanted = 0, sum((now - then).abs().sum() for now, then in zip(exact.parameters(), start))
     for seed in range(8):
         half = copy.deepcopy(whole)
@@ -309,7 +322,7 @@ def test_dpo_gradients_are_those_of_the_cpu():
         torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-CONFIG_300 = replace(CONFIG, vocab_size=300)
+CONFIG_300 = replace(RUN_CONFIG, vocab_size=300)
 
 
 @pytest.fixture
@@ -320,7 +333,7 @@ def nccl():
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     torch.cuda.set_device(0)
     dist.init_process_group("cpu:gloo,cuda:nccl", rank=0, world_size=1)
-    yield train.World(0, 1, torch.device("cuda:0"), init_device_mesh("cuda", (1,), mesh_dim_names=("shard",)))
+    yield World(0, 1, torch.device("cuda:0"), init_device_mesh("cuda", (1,), mesh_dim_names=("shard",)))
     dist.destroy_process_group()
 
 
@@ -342,9 +355,9 @@ def trained(folder, world, dtype=torch.float32, out=None, resume=None):
     return losses, training
 
 
-def test_a_run_sharded_over_nccl_is_that_of_one_process_and_of_the_cpu(tiny_folder, nccl):  # noqa: F811
-    gpu = train.World(0, 1, torch.device("cuda:0"))
-    runs = [trained(tiny_folder, world) for world in (train.World(0, 1, torch.device("cpu")), gpu, nccl)]
+def test_a_run_sharded_over_nccl_is_that_of_one_process_and_of_the_cpu(tiny_folder, nccl):
+    gpu = World(0, 1, torch.device("cuda:0"))
+    runs = [trained(tiny_folder, world) for world in (World(0, 1, torch.device("cpu")), gpu, nccl)]
     for losses, training in runs[1:]:
         assert losses == pytest.approx(runs[0][0], rel=1e-5)
         for name, master in training.masters.items():
@@ -353,8 +366,8 @@ def test_a_run_sharded_over_nccl_is_that_of_one_process_and_of_the_cpu(tiny_fold
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_bf16_run_goes_on_where_it_was_stopped(sharded, nccl, tiny_folder, tmp_path):  # noqa: F811
-    world = nccl if sharded else train.World(0, 1, torch.device("cuda:0"))
+def test_a_bf16_run_goes_on_where_it_was_stopped(sharded, nccl, tiny_folder, tmp_path):
+    world = nccl if sharded else World(0, 1, torch.device("cuda:0"))
     losses, _ = trained(tiny_folder, world, torch.bfloat16, tmp_path)
     again, resumed = trained(tiny_folder, world, torch.bfloat16, resume=tmp_path / "checkpoints/step-000003")
     assert resumed.step == 6 and losses[3:] == pytest.approx(again, rel=1e-3)
@@ -387,5 +400,5 @@ def test_the_programs_run_on_the_gpu(base, tmp_path, capsys):
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_vectors_are_those_of_the_cpu(pooling, tmp_path):
     tiny_encoder(tmp_path / "encoder", pooling)
-    vectors = [Encoder.from_dir(tmp_path / "encoder", device).encode(texts(300)) for device in ("cpu", "cuda")]
+    vectors = [Encoder.from_dir(tmp_path / "encoder", device).encode(random_texts(300)) for device in ("cpu", "cuda")]
     assert (vectors[0] * vectors[1]).sum(1).min() > 0.99999

@@ -5,72 +5,19 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
+from conftest import ROOT, random_texts, tiny_encoder, write_json
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
-from tokenizers import models, normalizers, pre_tokenizers, processors
 
 import retrieve
 from files import InputError, run_main, sha256
 from retrieve import BGE_QUERY_INSTRUCTION, Encoder, Index, encode_in_parallel, main, manifest_sha256, plan_batches
-
-ROOT = Path(__file__).resolve().parents[1]
-WORDS = ["the", "patient", "has", "pain", "in", "chest", "and", "a", "fever", "after", "surgery", "which", "drug",
-         "would", "you", "give", "for", "asthma"]
-
-
-def texts(count, seed=0, longest=60):
-    """Sentences of 0 to `longest` known and unknown words."""
-    rng = np.random.default_rng(seed)
-    vocabulary = [*WORDS, "xyzzy", "Zoë", "[", "]", "42", "肺炎", "?"]
-    return [" ".join(rng.choice(vocabulary, rng.integers(0, longest))) for _ in range(count)]
-
-
-def write(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
-def tiny_encoder(directory, pooling="cls", prefix="", seed=0, max_seq_length=40, lower_case=True):
-    """A random two-layer BERT in sentence-transformers' layout; every tensor is random, so that each one matters."""
-    from transformers import BertConfig, BertModel
-    pieces = [*WORDS, *"abcdefghijklmnopqrstuvwxyz0123456789[]?", *("##" + c for c in "abcdefghijklmnopqrstuvwxyz")]
-    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *pieces]))}
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")])
-    tokenizer.enable_truncation(7)  # as published files do: what is stored here must not be obeyed
-    tokenizer.enable_padding(length=9)
-    config = BertConfig(vocab_size=len(vocabulary), hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
-                        intermediate_size=80, max_position_embeddings=64, layer_norm_eps=0.02)
-    torch.manual_seed(seed)
-    model = BertModel(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(float("LayerNorm.weight" in name), 0.3)
-    directory.mkdir(parents=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    write(directory / "config.json", config.to_dict() | {"model_type": "bert", "architectures": ["BertModel"]})
-    write(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]",
-                                                "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"})
-    write(directory / "modules.json", [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-        {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}])
-    write(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": 48, **{
-        f"pooling_mode_{name}": name.startswith(pooling) for name in ("cls_token", "mean_tokens", "max_tokens")}})
-    write(directory / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": True})
-    save_torch({prefix + name: tensor for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
-    return directory, model
 
 
 def reference(model, directory, batch, pooling, max_tokens):
@@ -104,7 +51,8 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records():
-    return [{"instruction": f"{text} {i}", "response": "## Thought …"} for i, text in enumerate(texts(30, seed=5))]
+    texts = random_texts(30, seed=5)
+    return [{"instruction": f"{text} {i}", "response": "## Thought …"} for i, text in enumerate(texts)]
 
 
 @pytest.fixture
@@ -119,7 +67,7 @@ def reseal(directory, **changes):
     manifest["files"] = {name: sha256(directory / name) for name in manifest["files"]}
     manifest |= changes
     manifest["sha256"] = manifest_sha256(manifest)
-    write(directory / "manifest.json", manifest)
+    write_json(directory / "manifest.json", manifest)
 
 
 # ----- vectors -------------------------------------------------------------------------------------------------------
@@ -130,7 +78,7 @@ def test_minilm_gives_the_vectors_of_sentence_transformers(minilm):
     odd = ["", " ", "a", ".", "\t\n", "肺炎的症状是什么?", "🫁 emoji 👩‍⚕️ 😷", "Zoë naïve façade İstanbul ΣΊΣΥΦΟΣ",
            "ما هو الربو؟", "x" * 300, "e\u0301 \u200b\u00a0 control\x07 \ufffd", "C₂₁H₃₀O₅ µg/mL ≥ 37.5 °C",
            "pain " * 700, "胸痛" * 400, *(f"case {i}: " + "the patient has a fever. " * i for i in range(1, 100, 9))]
-    batch = odd + texts(200 - len(odd), longest=16)
+    batch = odd + random_texts(200 - len(odd), longest=16)
     assert ours.max_tokens == theirs.max_seq_length == 256 and len(batch) == 200
     expected = theirs.encode(batch, normalize_embeddings=True, show_progress_bar=False)
     found = ours.encode(batch)
@@ -142,7 +90,7 @@ def test_minilm_gives_the_vectors_of_sentence_transformers(minilm):
 @pytest.mark.parametrize("pooling, prefix", [("cls", ""), ("mean", "bert."), ("mean", "")])
 def test_a_random_bert_gives_the_vectors_of_transformers(tmp_path, pooling, prefix):
     directory, model = tiny_encoder(tmp_path / "encoder", pooling, prefix, seed=3, lower_case=False)
-    batch = ["", "FEVER", *texts(40, seed=1)]
+    batch = ["", "FEVER", *random_texts(40, seed=1)]
     found = Encoder.from_dir(directory, batch_tokens=100).encode(batch)
     np.testing.assert_allclose(found, reference(model, directory, batch, pooling, 40), atol=1e-5)
 
@@ -150,12 +98,12 @@ def test_a_random_bert_gives_the_vectors_of_transformers(tmp_path, pooling, pref
 def test_the_new_pooling_file_reads_the_same(tmp_path):
     directory, _ = tiny_encoder(tmp_path / "encoder", "mean")
     before = Encoder.from_dir(directory).encode(["asthma drug"])
-    write(directory / "1_Pooling" / "config.json", {"embedding_dimension": 48, "pooling_mode": "mean"})
+    write_json(directory / "1_Pooling" / "config.json", {"embedding_dimension": 48, "pooling_mode": "mean"})
     assert (Encoder.from_dir(directory).encode(["asthma drug"]) == before).all()
 
 
 def test_with_and_without_onednn_the_vectors_are_the_same(tiny, monkeypatch):
-    batch = texts(30, seed=6)
+    batch = random_texts(30, seed=6)
     found = tiny.encode(batch)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     np.testing.assert_allclose(tiny.encode(batch), found, atol=1e-6)
@@ -169,7 +117,7 @@ def test_texts_are_cut_to_what_the_model_allows(tmp_path, limit, expected):
 
 
 def test_a_text_does_not_see_its_neighbours(tiny):
-    batch = texts(25, seed=2)
+    batch = random_texts(25, seed=2)
     together = tiny.encode(batch)
     np.testing.assert_allclose(np.concatenate([tiny.encode([text]) for text in batch]), together, atol=1e-6)
     np.testing.assert_allclose(tiny.encode(batch[::-1])[::-1], together, atol=1e-6)
@@ -189,7 +137,7 @@ def test_more_texts_than_are_tokenised_at_once(tiny):
 
 
 def test_threads_share_the_work_and_are_left_as_they_were(tiny):
-    batch = texts(200, seed=4)
+    batch = random_texts(200, seed=4)
     alone = tiny.encode(batch)
     torch.set_num_threads(2)
     np.testing.assert_allclose(tiny.encode(batch), alone, atol=1e-6)
@@ -237,7 +185,7 @@ def test_half_a_character_is_refused(tiny):
     ("sentence_bert_config.json", {"max_seq_length": "long"}, "max_seq_length is 'long'")])
 def test_other_models_are_refused(tmp_path, file, change, message):
     path = tiny_encoder(tmp_path / "encoder")[0] / file
-    write(path, json.loads(path.read_text()) | change)
+    write_json(path, json.loads(path.read_text()) | change)
     with pytest.raises(InputError, match=message) as error:
         Encoder.from_dir(tmp_path / "encoder")
     assert "\n" not in str(error.value)
@@ -249,7 +197,7 @@ def test_other_modules_are_refused(tmp_path):
     first, pooling = modules[:2]
     for wrong in ([*modules, {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}], [first], [],
                   [first, pooling | {"path": "../1_Pooling"}], [first | {"path": "0_Transformer"}, pooling]):
-        write(directory / "modules.json", wrong)
+        write_json(directory / "modules.json", wrong)
         with pytest.raises(InputError, match="modules"):
             Encoder.from_dir(directory)
 
@@ -286,7 +234,7 @@ def test_damaged_weights_and_files_are_refused(tmp_path):
 
 def test_search_is_brute_force(tiny, records):
     index = Index.build(tiny, records)
-    queries = tiny.encode(texts(9, seed=8), is_query=True)
+    queries = tiny.encode(random_texts(9, seed=8), is_query=True)
     scores, ids = index.search(queries, 5)
     exact = queries @ index.vectors.T
     assert scores.shape == ids.shape == (9, 5) and scores.dtype == np.float32 and ids.dtype == np.int64
@@ -302,7 +250,7 @@ def test_search_is_brute_force(tiny, records):
 
 def test_other_factories_are_deterministic_and_wrong_ones_refused(tiny, records):
     first, second = (Index.build(tiny, records, factory="IVF4,Flat") for _ in range(2))
-    queries = tiny.encode(texts(9, seed=8))
+    queries = tiny.encode(random_texts(9, seed=8))
     assert all((a == b).all() for a, b in zip(first.search(queries, 5), second.search(queries, 5)))
     for factory in ("nonsense", "", "IVF900,Flat", "LSH"):
         with pytest.raises(InputError, match="--factory") as error:

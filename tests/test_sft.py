@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,16 @@ import pytest
 import ranks
 import torch
 import transformers
-from conftest import CONFIG, ROOT
+from conftest import CONFIG, ROOT, assert_close, gradients, random_examples, tiny_llama
 from ranks import run_ranks
 from safetensors.torch import load_file
 
 import model as M
 import sft
-import train
-from data import Tokenizer, collate, render_chat, render_rows
+from checkpoints import checkpoints_of
+from data import Tokenizer, collate, render_chat
 from sft import loss_fn, sft_loss
+from weights import checkpoint_names
 
 # ----- the loss ------------------------------------------------------------------------------------------------------
 
@@ -37,37 +37,15 @@ def test_loss_by_hand():
     assert loss.item() == 0 and n == 1
     loss, n = sft_loss(logits, torch.full((1, 3), -100))
     assert loss.item() == 0 and n == 0
-
-
-def random_examples(lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    rows = []
-    for n in lengths:
-        ids = rng.integers(0, 300, n).astype(np.int32)
-        labels = np.append(ids[1:], ids[:1])
-        labels[rng.random(n) < 0.3] = -100
-        rows.append(("", ids, labels))
-    return rows
-
-
-def tiny(seed=1, tied=False):
-    return M.Llama(replace(CONFIG, tie_word_embeddings=tied)).init_weights(seed)
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def assert_close(one, other, relative):
-    for name in one:
-        assert (one[name] - other[name]).abs().max() <= relative * one[name].abs().max(), name
+    # the docstring's example
+    logits = torch.tensor([[[5.0, 5.0, 5.0], [0.0, 0.0, math.log(2)], [0.0, 0.0, math.log(2)]]])
+    loss, n = sft_loss(logits, torch.tensor([[-100, 2, 1]]))
+    assert loss.item() == pytest.approx(3 * math.log(2), rel=1e-6) and n == 2
 
 
 def test_loss_without_all_logits_is_the_naive_loss():
     """About 1,750 of 2,500 positions are trained: two chunks, each checkpointed. Loss and gradients."""
-    model, batch = tiny(), collate(random_examples([250] * 10))
+    model, batch = tiny_llama(), collate(random_examples([250] * 10))
     naive, n = sft_loss(model(batch["ids"]), batch["labels"])
     loss, own_n, _ = loss_fn(model, batch)
     assert n == own_n and loss.item() == pytest.approx(naive.item(), rel=1e-6)
@@ -75,7 +53,7 @@ def test_loss_without_all_logits_is_the_naive_loss():
 
 
 def test_loss_and_gradients_equal_transformers(tmp_path):
-    model, batch = tiny(), collate(random_examples([30, 30, 30]))
+    model, batch = tiny_llama(), collate(random_examples([30, 30, 30]))
     M.save_model(model, tmp_path / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     loss, n, _ = loss_fn(model, batch)
@@ -92,14 +70,14 @@ def test_loss_and_gradients_equal_transformers(tmp_path):
     theirs.zero_grad()
     expected.backward()
     their_grads = {name: p.grad for name, p in theirs.named_parameters()}
-    for own, parts in M.checkpoint_names(CONFIG).items():
+    for own, parts in checkpoint_names(CONFIG).items():
         assert_close({own: torch.cat([their_grads[part] for part in parts])}, ours, 1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[40, 7, 23, 1, 15], [90, 60]])
 def test_packed_documents_do_not_see_each_other(lengths):
     """Loss and gradients of rows packed one behind the other, padded one below the other, and each alone."""
-    model, rows = tiny(tied=True), random_examples(lengths)
+    model, rows = tiny_llama(tied=True), random_examples(lengths)
     alone = sum(loss_fn(model, collate([row]))[0] for row in rows)
     expected = gradients(model, alone)
     for packed in (True, False):
@@ -109,33 +87,17 @@ def test_packed_documents_do_not_see_each_other(lengths):
     changed = collate([(where, (ids + 1) % 300, labels) if i == 0 else (where, ids, labels)
                        for i, (where, ids, labels) in enumerate(rows)], packed=True)
     with torch.no_grad():
-        before, after = (train.label_logps(model, batch) for batch in (collate(rows, packed=True), changed))
+        before, after = (sft.label_logps(model, batch) for batch in (collate(rows, packed=True), changed))
     assert torch.equal(before[:, lengths[0]:], after[:, lengths[0]:])
     assert not torch.equal(before[:, :lengths[0]], after[:, :lengths[0]])
 
 
 def test_a_micro_batch_without_rows_gives_gradients_of_zero():
-    model = tiny()
+    model = tiny_llama()
     loss, n, _ = loss_fn(model, collate([]))
     assert loss.item() == 0 and n == 0
     assert all((grad == 0).all() for grad in gradients(model, loss).values())
 
-
-def test_supervised_spans_are_the_answers():
-    """The decoded labels of a conversation of two turns, for each template (characters stand for tokens)."""
-    control = {name: i for i, name in enumerate((
-        "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>",
-        "<s>", "</s>"))}
-    talk = [{"role": "user", "content": "Why <|eot_id|>?"}, {"role": "assistant", "content": "Because."},
-            {"role": "user", "content": "So?"}, {"role": "assistant", "content": "Yes."}]
-    expected = {"llama3": "Because.<|eot_id|>Yes.<|eot_id|>", "chatml": "Because.<|im_end|>Yes.<|im_end|>",
-                "llama2": "Because. </s>Yes. </s>"}  # the template's own space before its end
-    names = {i: name for name, i in control.items()}
-    for template, answers in expected.items():
-        tokenizer = Tokenizer(lambda text: [ord(c) + 100 for c in text], None, control, set(), template, 1 << 21)
-        (_, ids, labels), = render_rows(tokenizer, [("", talk)], 10_000)[0]
-        assert "".join(names.get(i) or chr(i - 100) for i in labels if i != -100) == answers
-        assert render_chat(tokenizer, talk)[0][1:] == [*ids[1:], render_chat(tokenizer, talk)[0][-1]]
 
 # ----- the command ---------------------------------------------------------------------------------------------------
 
@@ -183,7 +145,7 @@ def test_a_run_leaves_what_it_should_and_learns(trained, rows_file):
     assert list(held) == [0, 4, 8, 10] and held[10] < held[0] - 0.5
     config = json.loads((trained / "config.json").read_text())
     assert config["lr"] == 1e-2 and config["files"][0]["rows"] == 40 and len(config["files"][0]["sha256"]) == 64
-    assert [path.name for path in train.checkpoints_of(trained / "checkpoints")] == ["step-000010", "step-000008"]
+    assert [path.name for path in checkpoints_of(trained / "checkpoints")] == ["step-000010", "step-000008"]
     card = (trained / "model/README.md").read_text()
     assert "Not medical advice" in card and str(rows_file) in card and "Llama" not in card.split("##")[0]
 
@@ -290,35 +252,6 @@ def test_help_shows_each_stages_numbers_and_their_source(stage, numbers, capsys)
         sft.parse_args(["--stage", stage, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert f"(default {numbers}: the paper's summary)" in shown and "the authors' code" in shown
-
-
-def test_a_model_made_from_llama_says_so():
-    card = train.model_card("FineMedLM-o1-sft-1", M.LlamaConfig(), source="models/Llama-3.1-8B", recipe={"lr": 3e-5},
-                            files=[{"file": "a.jsonl", "rows": 3, "sha256": "0" * 64}], results={"steps": 3})
-    assert "# Llama-FineMedLM-o1-sft-1" in card and "**Built with Llama**" in card and "license: llama3.1" in card
-
-
-def test_memory_of_eight_billion_parameters_over_eight_gpus():
-    """18 bytes a parameter over 8 shards: 18.07 GB; embedding, head and two layers gathered, with their gradients."""
-    world = train.World(0, 8, torch.device("cuda"), shards=8)
-    parts = train.expected_memory(M.LlamaConfig(), world, dtype=torch.bfloat16, tokens=8192,
-                                  activation_checkpointing=True)
-    state, activations, logits, gathered = parts.values()
-    assert state == pytest.approx(18 * 8.03e9 / 8, rel=1e-3) and logits == 12 * 2**26 + 2 * 2**27
-    assert gathered == pytest.approx(4 * (2 * 128256 * 4096 + 2 * 218.1e6), rel=1e-3)
-    assert activations == pytest.approx(8192 * 2 * (32 * 4096 + 4 * 4096 + 2 * 14336 + 4 * 5120), rel=1e-6)
-
-
-def test_the_readmes_table_of_what_a_gpu_needs():
-    rows = [line.split("|")[2:4] for line in (ROOT / "README.md").read_text().splitlines() if line.count("|") == 4]
-    rows = [cells for cells in rows if all(cell.endswith(" GB ") for cell in cells)]
-    assert len(rows) == 4
-    for row, (ranks_, shards) in zip(rows, [(1, 1), (8, 8), (16, 8), (16, 16)]):
-        world = train.World(0, ranks_, torch.device("cuda"), shards=shards)
-        for cell, recompute in zip(row, (False, True)):
-            parts = train.expected_memory(M.LlamaConfig(), world, dtype=torch.bfloat16, tokens=8192,
-                                          activation_checkpointing=recompute)
-            assert cell.strip() == f"{sum(parts.values()) / 1e9:.0f} GB", (ranks_, shards, recompute)
 
 
 def test_readme_paths_of_the_chain():

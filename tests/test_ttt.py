@@ -1,59 +1,93 @@
-"""ttt.py: what a step does to the loss, that nothing of it remains, and the program around it."""
+"""ttt.py: one step by hand, what steps do to the loss, and the program around them (test_snapshot.py: the way back)."""
 import io
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from dataclasses import replace
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, bits, same, tiny, tiny_examples
 
 import data
 import model as M
 import retrieve
 import ttt
 from files import InputError, run_main
-
-CONFIG = M.LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                       num_key_value_heads=2, head_dim=16, max_position_embeddings=256, rope_scaling=None,
-                       tie_word_embeddings=True)
-
-
-def tiny(dtype=torch.bfloat16, seed=0, tied=True):
-    return M.Llama(replace(CONFIG, tie_word_embeddings=tied)).to(dtype).init_weights(seed).eval()
-
-
-def tiny_examples(n=2, length=24):
-    rng = random.Random(1)
-    examples = []
-    for _ in range(n):
-        ids = [rng.randrange(97) for _ in range(length)]
-        examples.append((ids[:-1], [-100] * 6 + ids[7:]))
-    return examples
-
-
-def bits(model):
-    return [parameter.detach().clone().view(torch.uint8) for parameter in model.parameters()]
-
-
-def same(model, before):
-    return all(torch.equal(now, then) for now, then in zip(bits(model), before))
-
+from generate import generate
 
 # ----- the update ----------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer, expected", [
+    # w - lr g / (|g| + 1e-8):  3 - 0.5 · 2 / 2;  -1 + 0.5 · 1 / 2, because this gradient is as small as eps
+    ("signsgd", [2.5, -0.75]), ("adam", [2.5, -0.75]), ("sgd", [2.0, -1.0])])
+def test_one_update_of_two_weights_worked_out_by_hand(optimizer, expected, dtype):
+    """Numbers that bf16 holds exactly, so that stochastic rounding has nothing to decide."""
+    weight, grad = torch.tensor([3.0, -1.0]).to(dtype), torch.tensor([2.0, -1e-8])
+    finite = ttt.make_update(optimizer, 0.5, torch.Generator().manual_seed(0))(weight, grad)
+    torch.testing.assert_close(weight, torch.tensor(expected, dtype=dtype), rtol=0, atol=1e-6)
+    assert finite
+
+
+def test_the_second_step_of_adam_worked_out_by_hand():
+    # g = 4, then 0:   m = 0.1 · 4, then 0.36;                     v = 0.001 · 16, then 0.015984
+    #                  m' = 0.36 / (1 - 0.81) = 1.8947368;         v' = 0.015984 / (1 - 0.998001) = 7.9959980
+    # steps:           lr · 4 / sqrt(16) = lr;                     lr · 1.8947368 / 2.8277196 = 0.6700582 lr
+    weight, update = torch.tensor([1.0]), ttt.make_update("adam", 0.1, torch.Generator().manual_seed(0))
+    update(weight, torch.tensor([4.0]))
+    assert weight.item() == pytest.approx(0.9, abs=1e-6)
+    update(weight, torch.tensor([0.0]))
+    assert weight.item() == pytest.approx(0.9 - 0.06700582, abs=1e-6)
+    update(other := torch.tensor([1.0]), torch.tensor([-4.0]))  # another weight has moments of its own
+    assert other.item() == pytest.approx(1.1, abs=1e-6)
+
+
+LN2, LN3 = 0.6931472, 1.0986123
+# The gradients of the test below, worked out there.
+GRADIENTS = {"embed.weight": [[0.2528511, -0.2528511], [0, 0], [0, 0]], "norm.weight": [0.5493061, -0.4620981],
+             "head.weight": [[1 / 2, 1 / 2], [-2 / 3, -2 / 3], [1 / 6, 1 / 6]]}
+
+
+@pytest.mark.parametrize("optimizer", ["signsgd", "adam", "sgd"])
+def test_one_step_of_test_time_training_worked_out_by_hand(optimizer):
+    """A Llama of 14 weights: 3 words, width 2, no layer; logits = head(rms_norm(embed(id)) · norm).
+
+    Word 0 is (2, 2), of root mean square 2, so n = (1, 1), and with norm = (1, 1) the logits are the sums of the head's
+    rows: ln 3, ln 2, 0. So p = (3, 2, 1) / 6. Label 1 follows word 0 twice; the third position is not trained. The loss
+    is the mean of ln 3 and ln 3, and with d the gradient:
+
+        d logits = p - onehot(1)            = (1/2, -2/3, 1/6)
+        d head   = d logits · n, row by row = (1/2, 1/2), (-2/3, -2/3), (1/6, 1/6)
+        g        = head.T d logits          = (1/2 ln 3, -2/3 ln 2)         = (0.5493061, -0.4620981)
+        d norm   = g · n                    = g
+        d word 0 = (g - n mean(g · n)) / 2  = (0.5493061 - 0.0436040, -0.4620981 - 0.0436040) / 2
+                                            = (0.2528511, -0.2528511)
+    """
+    config = M.LlamaConfig(vocab_size=3, hidden_size=2, intermediate_size=2, num_hidden_layers=0, num_attention_heads=1,
+                           num_key_value_heads=1, head_dim=2, rms_norm_eps=0.0, rope_scaling=None)
+    start = {"embed.weight": torch.tensor([[2.0, 2.0], [3.0, -5.0], [0.5, 4.0]]), "norm.weight": torch.ones(2),
+             "head.weight": torch.tensor([[LN3, 0.0], [0.0, LN2], [0.0, 0.0]])}
+    model, lr = M.Llama(config), 0.01
+    model.load_state_dict(start)
+    with ttt.adapted(model, [([0, 0, 2], [1, 1, -100])], lr=lr, optimizer=optimizer) as report:
+        assert report.applied and report.loss_before == pytest.approx(LN3, abs=1e-6)
+        assert report.loss_after < report.loss_before
+        for name, weight in model.named_parameters():
+            gradient = torch.tensor(GRADIENTS[name])
+            step = gradient if optimizer == "sgd" else gradient.sign()  # g / (|g| + 1e-8)
+            torch.testing.assert_close(weight.data, start[name] - lr * step, rtol=0, atol=2e-7, msg=name)
+    assert all(torch.equal(weight, start[name]) for name, weight in model.named_parameters())
+
+
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("optimizer", ["signsgd", "adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["signsgd", "adam", "sgd"])
 def test_fp32_steps_equal_torch_optimizers(optimizer, tied):
     """Two steps on each of two examples, against torch.optim on an independently computed loss."""
     ours, theirs = tiny(torch.float32, tied=tied), tiny(torch.float32, tied=tied)
@@ -61,7 +95,7 @@ def test_fp32_steps_equal_torch_optimizers(optimizer, tied):
         reference = torch.optim.SGD(theirs.parameters(), lr=1e-4)
     for ids, labels in tiny_examples():
         for _ in range(2):
-            if optimizer == "signsgd" or (optimizer == "adamw" and "reference" not in locals()):
+            if optimizer == "signsgd" or (optimizer == "adam" and "reference" not in locals()):
                 reference = torch.optim.Adam(theirs.parameters(), lr=1e-4)  # signsgd is a fresh Adam every time
             logits = theirs(torch.tensor([ids]))[0]
             loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels), ignore_index=-100)
@@ -79,7 +113,7 @@ def test_bf16_steps_have_the_fp32_step_as_their_mean():
     exact, rounded = tiny(torch.float32), tiny(torch.bfloat16)
     exact.load_state_dict({name: weight.float() for name, weight in rounded.state_dict().items()})
     start = [parameter.detach().double().clone() for parameter in exact.parameters()]
-    ttt.take_steps(exact, tiny_examples(1), ttt.make_update("signsgd", 1e-5, None), 1)
+    ttt.take_steps(exact, tiny_examples(1), ttt.make_update("signsgd", 1e-5, torch.Generator()), 1)
     ttt.take_steps(rounded, tiny_examples(1), ttt.make_update("signsgd", 1e-5, torch.Generator().manual_seed(0)), 1)
     moved_exact = torch.cat([(p.double() - s).flatten() for p, s in zip(exact.parameters(), start)])
     moved = torch.cat([(p.double() - s).flatten() for p, s in zip(rounded.parameters(), start)])
@@ -99,7 +133,7 @@ def test_gradients_are_gone_before_the_next_is_complete():
         return True
     ttt.take_steps(model, tiny_examples(1), update, 1)
     assert alive == [0] * len(list(model.parameters()))
-    assert not hasattr(model.embed.weight, "main_grad")  # the only one held longer: both ends of it add up there
+    assert not any(vars(parameter) for parameter in model.parameters())  # and nothing hangs on a weight
 
 
 def test_the_step_survives_in_the_real_model_and_rounding_to_nearest_would_lose_it(smollm2, monkeypatch):
@@ -116,199 +150,12 @@ def test_the_step_survives_in_the_real_model_and_rounding_to_nearest_would_lose_
     exact, shipped = fall(torch.float32), fall(torch.bfloat16)
 
     def to_nearest(*args):
-        return lambda weight, exact, sound: weight.copy_(exact)
+        return lambda rounded, exact: rounded.copy_(exact)
     monkeypatch.setattr(ttt, "stochastic_rounder", to_nearest)
     nearest = fall(torch.bfloat16)
     assert exact > 0.1 and shipped >= 0.9 * exact and nearest < 0.2 * exact, (exact, shipped, nearest)
 
-# ----- restore -------------------------------------------------------------------------------------------------------
-
-
-def test_the_digest_sees_every_bit_of_every_tensor_and_what_they_are_called():
-    model = tiny(torch.bfloat16)
-    model.register_buffer("odd", torch.arange(7, dtype=torch.uint8))  # no whole number of words
-    model.register_buffer("unaligned", torch.arange(9, dtype=torch.bfloat16)[1:])
-    model.register_buffer("scalar", torch.tensor(True))
-    digests, places = {ttt.digest(model)}, torch.Generator().manual_seed(0)
-    for n, (_, tensor) in enumerate(ttt.state_of(model), 1):
-        raw = tensor.detach().reshape(-1).view(torch.uint8)
-        at = int(torch.randint(len(raw), (1,), generator=places))
-        raw[at] ^= 1 << n % 8 if tensor.dtype != torch.bool else 1
-        digests.add(ttt.digest(model))
-        assert len(digests) == n + 1
-        raw[at] ^= 1 << n % 8 if tensor.dtype != torch.bool else 1
-        assert ttt.digest(model) in digests
-    for pair in ((0, 2), (3, -1)):  # two weights of one tensor that change places
-        flat = model.embed.weight.data.view(-1)
-        flat[list(pair)] = flat[list(pair[::-1])]
-        digests.add(ttt.digest(model))
-    model.register_buffer("renamed", model._buffers.pop("odd"))
-    digests.add(ttt.digest(model))
-    for same_bytes in (model.scalar.view(torch.uint8), model.scalar[None]):  # another dtype, another shape
-        model.scalar = same_bytes
-        digests.add(ttt.digest(model))
-    assert len(digests) == n + 6
-
-
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw", "lr": 1e-2, "steps": 3},
-                                      {"optimizer": "sgd", "lr": 1.0}, {"activation_checkpointing": False},
-                                      {"dtype": torch.float32}, {"snapshot_device": torch.device("cpu")}])
-def test_everything_is_as_it_was(settings):
-    def count(model, ids):  # a buffer that a forward pass changes, as batch norm's
-        model.counter += 1
-    settings = dict(settings)
-    model = tiny(settings.pop("dtype", torch.bfloat16))
-    model.register_buffer("counter", torch.arange(3))
-    model.register_forward_pre_hook(count)
-    model.train()
-    model.layers[1].eval()
-    model.layers[0].attention.qkv.weight.requires_grad_(False)
-    modes = [module.training for module in model.modules()]
-    wanted = [parameter.requires_grad for parameter in model.parameters()]
-    before, rng, digest = bits(model), torch.get_rng_state(), ttt.digest(model)
-    with ttt.adapted(model, tiny_examples(), **settings) as report:
-        assert report.applied and not same(model, before) and not report.restored
-        assert model.head.weight is model.embed.weight
-        torch.rand(7)
-        model.eval()
-        model.counter += 1
-        assert model.counter[0] > 2  # the passes of the steps, and this
-        model.requires_grad_(False)
-    assert report.restored and same(model, before) and ttt.digest(model) == digest
-    assert model.counter.tolist() == [0, 1, 2] and torch.equal(torch.get_rng_state(), rng)
-    assert [module.training for module in model.modules()] == modes
-    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(layer.checkpointing for layer in model.layers)
-
-
-def test_tied_weights_are_copied_once():
-    snapshot = ttt.Snapshot(tiny())
-    snapshot.keep_all()
-    assert "embed.weight" in snapshot.weights and "head.weight" not in snapshot.weights
-
-
-def test_a_weight_is_copied_when_it_is_about_to_change(monkeypatch):
-    model, copies, copied, make_update = tiny(tied=False), [], ttt.copied, ttt.make_update
-    monkeypatch.setattr(ttt, "copied", lambda *args: copies.append(copied(*args)) or copies[-1])
-
-    def counting(*args):
-        update, weights = make_update(*args), []
-
-        def counted(weight, grad):
-            weights.append(weight)
-            assert len(copies) == min(len(weights), len(before))  # the second example needs none
-            return update(weight, grad)
-        return counted
-    monkeypatch.setattr(ttt, "make_update", counting)
-    before = bits(model)
-    with ttt.adapted(model, tiny_examples(2)):
-        assert len(copies) == len(before)
-    assert same(model, before)
-
-
-def test_200_cycles_change_nothing_and_leak_nothing():
-    model, examples = tiny(), tiny_examples()
-    before, digest, process = bits(model), ttt.digest(model), psutil.Process()
-    for cycle in range(200):
-        with ttt.adapted(model, examples, seed=cycle, optimizer=("signsgd", "adamw")[cycle % 2]):
-            list(M.generate(model, [1, 2, 3], max_new_tokens=3))
-        assert ttt.digest(model) == digest
-        if cycle == 20:  # allocators and thread pools have warmed up
-            resident = process.memory_info().rss
-    assert same(model, before) and process.memory_info().rss - resident <= 5 << 20
-
-
-class Sudden(BaseException):
-    pass
-
-
-KINDS = {"ValueError": ValueError, "KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit,
-         "MemoryError": MemoryError, "BaseException": Sudden, "SIGTERM": SystemExit}
-POINTS = ["hooks half set", "before the first forward", "first gradient", "middle copy", "middle gradient",
-          "last copy", "last gradient", "hooks to be removed", "loss afterwards", "start of the block",
-          "while generating", "end of the block"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("point", POINTS)
-def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
-    model, left = tiny(), []
-    before = bits(model)
-
-    def strike():
-        left.append(point)
-        if kind == "SIGTERM":
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)  # the handler runs at the next instruction
-        raise KINDS[kind]("struck")
-    updates = len(list(model.parameters()))
-    strike_at = {"first gradient": 1, "middle gradient": updates // 2, "last gradient": updates}.get(point)
-    make_update, example_loss, losses = ttt.make_update, ttt.example_loss, []
-
-    def striking_update(*args):
-        update, count = make_update(*args), []
-
-        def counted(weight, grad):
-            finite = update(weight, grad)
-            count.append(weight)
-            if len(count) == strike_at:
-                strike()
-            return finite
-        return counted
-
-    def striking_loss(*args):
-        losses.append(1)
-        if len(losses) == {"before the first forward": 1, "loss afterwards": 2}.get(point):
-            strike()
-        return example_loss(*args)
-    copied, copies = ttt.copied, []
-
-    def striking_copy(*args):
-        copies.append(1)
-        if len(copies) == {"middle copy": updates // 2, "last copy": updates}.get(point):
-            strike()
-        return copied(*args)
-    monkeypatch.setattr(ttt, "copied", striking_copy)
-    monkeypatch.setattr(ttt, "make_update", striking_update)
-    monkeypatch.setattr(ttt, "example_loss", striking_loss)
-    set_hook, remove, hooks = torch.Tensor.register_post_accumulate_grad_hook, ttt.remove, []
-
-    def striking_set_hook(weight, hook):
-        hooks.append(set_hook(weight, hook))
-        if point == "hooks half set" and len(hooks) == updates // 2:
-            strike()  # this hook has no place in anyone's list
-        return hooks[-1]
-
-    def striking_remove(hooks):
-        if point == "hooks to be removed" and not left:
-            strike()
-        remove(hooks)
-    monkeypatch.setattr(torch.Tensor, "register_post_accumulate_grad_hook", striking_set_hook)
-    monkeypatch.setattr(ttt, "remove", striking_remove)
-
-    def terminated(signum, frame):
-        raise SystemExit("struck")
-    old_handler = signal.signal(signal.SIGTERM, terminated)
-    try:
-        with pytest.raises(KINDS[kind], match="struck"), ttt.adapted(model, tiny_examples(1)) as report:
-            if point == "start of the block":
-                strike()
-            for _ in M.generate(model, [1, 2], max_new_tokens=4):
-                if point == "while generating":
-                    strike()
-            if point == "end of the block":
-                strike()
-    finally:
-        signal.signal(signal.SIGTERM, old_handler)
-    assert left == [point] and same(model, before) and model.unusable is None
-    assert all(parameter.grad is None and not hasattr(parameter, "main_grad") for parameter in model.parameters())
-    hooks_left = sum(len(parameter._post_accumulate_grad_hooks or ()) for parameter in model.parameters())
-    assert hooks_left == (point == "hooks half set")
-    monkeypatch.undo()
-    untouched = tiny()
-    with ttt.adapted(model, tiny_examples(1)) as report, ttt.adapted(untouched, tiny_examples(1)):  # it still works
-        assert report.applied and same(model, bits(untouched))  # and the hook that is left does nothing
+# ----- adapted -------------------------------------------------------------------------------------------------------
 
 
 def test_what_the_steps_needed_is_gone_while_answering(monkeypatch):
@@ -319,7 +166,7 @@ def test_what_the_steps_needed_is_gone_while_answering(monkeypatch):
         updates.append(weakref.ref(update))
         return update
     monkeypatch.setattr(ttt, "make_update", watched)
-    with ttt.adapted(model, tiny_examples(), optimizer="adamw") as report:
+    with ttt.adapted(model, tiny_examples(), optimizer="adam") as report:
         assert report.applied and updates[0]() is None  # and its moments, 8 bytes a parameter, with it
 
 
@@ -335,41 +182,13 @@ def test_the_loss_afterwards_need_not_be_measured(monkeypatch):
     assert report.loss_before == measured.loss_before > measured.loss_after
 
 
-@pytest.mark.parametrize("times", [1, 3])
-def test_an_interrupt_during_the_restore_waits_until_it_is_done(times, monkeypatch):
-    model = tiny()
-    before, restore, struck = bits(model), ttt.Snapshot.restore, []
-
-    def interrupted(self):
-        if len(struck) < times:
-            struck.append(1)
-            next(iter(self.model.parameters())).data.zero_()  # half-way
-            raise KeyboardInterrupt
-        restore(self)
-    monkeypatch.setattr(ttt.Snapshot, "restore", interrupted)
-    with pytest.raises(KeyboardInterrupt), ttt.adapted(model, tiny_examples(1)) as report:
-        pass
-    assert report.restored and same(model, before)
-
-
-def test_a_model_that_could_not_be_restored_refuses_to_run(monkeypatch):
-    model = tiny()
-    with pytest.raises(RuntimeError, match="could not be restored"), ttt.adapted(model, tiny_examples(1)):
-        monkeypatch.setattr(ttt, "state_of", lambda model: list(model.named_parameters())[:-1])  # one is forgotten
-    monkeypatch.undo()
-    for use in (lambda: model(torch.tensor([[1]])), lambda: next(M.generate(model, [1])),
-                lambda: ttt.adapted(model, tiny_examples(1)).__enter__()):
-        with pytest.raises(RuntimeError, match="could not be restored"):
-            use()
-
-
 def test_two_questions_at_once_are_kept_apart():
     model, examples = tiny(), tiny_examples(4)
     before, alone, together = bits(model), {}, {}
 
     def ask(i, answers):
         with ttt.adapted(model, [examples[i]], lr=1e-2):
-            answers[i] = list(M.generate(model, [1, 2, 3], max_new_tokens=20, temperature=0))
+            answers[i] = list(generate(model, [1, 2, 3], max_new_tokens=20, temperature=0))
     for i in range(4):
         ask(i, alone)
     threads = [threading.Thread(target=ask, args=(i, together)) for i in range(4)]
@@ -390,7 +209,7 @@ def test_without_a_neighbour_the_answer_is_the_models_own(examples, reason):
 
 
 @pytest.mark.parametrize("what, settings", [
-    ("loss", {}), ("loss afterwards", {}), ("gradient", {}), ("gradient", {"optimizer": "adamw"}),
+    ("loss", {}), ("loss afterwards", {}), ("gradient", {}), ("gradient", {"optimizer": "adam"}),
     ("gradient", {"optimizer": "sgd"}), ("gradient", {"dtype": torch.float32})], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_number_that_is_not_finite_gives_the_models_own_answer_and_the_reason(what, settings, value, monkeypatch):
@@ -440,7 +259,7 @@ def settings(toy, **changes):
 
 
 def test_ten_questions_in_two_orders_give_the_same_tokens(toy, monkeypatch):
-    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 200)  # for speed
+    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed; at 200 four questions find only prompts
     answerer, answers = ttt.Answerer(settings(toy, lr=1e-3, k=2)), [{}, {}]
     plain = ttt.Answerer(settings(toy, ttt=False))
     for order, found in zip((QUESTIONS, QUESTIONS[::-1]), answers):
@@ -448,6 +267,22 @@ def test_ten_questions_in_two_orders_give_the_same_tokens(toy, monkeypatch):
             found[question] = answerer.answer(question)["answer"]
     assert answers[0] == answers[1]
     assert any(plain.answer(question)["answer"] != answers[0][question] for question in QUESTIONS)
+
+
+def test_an_answer_tells_its_neighbours_before_and_its_report_after_the_steps(toy, monkeypatch):
+    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
+    answerer, told = ttt.Answerer(settings(toy, k=2)), []
+    before = bits(answerer.model)
+
+    def tell(what):
+        return lambda found: told.append((what, found, same(answerer.model, before)))
+    result = answerer.answer("What is asthma?", (), tell("neighbours"), tell("report"), tell("text"))
+    assert [what for what, *_ in told[:3]] == ["neighbours", "report", "text"] and len(result["neighbours"]) == 2
+    assert told[0][1:] == (result["neighbours"], True)
+    assert told[1][1].applied and told[1][1].loss_before == result["ttt"]["loss_before"]
+    assert all(not untouched for _, _, untouched in told[1:])
+    assert "".join(found for what, found, _ in told if what == "text") == result["answer"]
+    assert same(answerer.model, before)
 
 
 def test_ids_that_faiss_did_not_find_are_no_neighbours(toy, monkeypatch):
@@ -594,7 +429,9 @@ def test_terminated_in_the_middle_ends_with_143_and_no_traceback(toy):
     process = subprocess.Popen([sys.executable, ROOT / "ttt.py", "--question", "Q?", "--model", toy / "model",
                                 "--index", toy / "index", "--max-new-tokens", "3000", "--temperature", "1.5"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline().startswith("neighbour")
+    lines = iter(process.stdout.readline, "")
+    assert next(lines).startswith("neighbour")
+    assert any(line.startswith("adapted") for line in lines)  # now it writes
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143 and "Traceback" not in errors

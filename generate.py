@@ -1,0 +1,236 @@
+"""Decoding: one token after another from a prompt, and the draw of each.
+
+    logits = model(prompt), keys and values kept in a cache
+    repeat:   token = sample(logits);   logits = one-token forward of the token, on the cache
+
+    from generate import generate
+    for token in generate(model, ids, max_new_tokens=256, stop_ids=stops): …
+
+A token's time goes into reading the weights once. The one-token forward is written out for a CPU (`decoder`), so that
+little else is left, and recorded as a CUDA graph for a GPU (`recorded_decoder`); tests compare both with the plain
+forward of model.py. Shapes: V vocabulary, D width, H query heads, K key-value heads, C channels, S places of the cache.
+"""
+import contextlib
+import functools
+import math
+import threading
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from files import InputError
+from model import KVCache, rotary_table
+
+# ----- the loop ------------------------------------------------------------------------------------------------------
+
+
+def generate(model, ids, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0, stop_ids=(),
+             seed=0):
+    """Yields new token ids after the prompt `ids` (a list of ints); one in `stop_ids` is yielded and ends it.
+
+    Stops at `max_new_tokens` or when the model's context is full. The same seed gives the same tokens; `seed` None
+    draws a fresh one. InputError when the prompt is empty or does not fit the context.
+    """
+    limit = model.config.max_position_embeddings
+    if not 0 < len(ids) <= limit:
+        raise InputError(f"the prompt has {len(ids):,} tokens; expected 1 to {limit:,}, the model's context")
+    device = model.norm.weight.device
+    generator = torch.Generator(device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    max_new_tokens = min(max_new_tokens, limit - len(ids) + 1)
+    cache = KVCache(model, len(ids) + max_new_tokens)
+    step = token = None
+    for _ in range(max_new_tokens):
+        with torch.inference_mode(), onednn(token is None):
+            if token is None:
+                logits = model(torch.tensor([ids], device=device), cache=cache, last_only=True)[0, -1]
+            else:
+                step = step or (recorded_decoder if device.type == "cuda" else decoder)(model, cache)
+                logits = step(token)
+            token = sample(logits, generator, temperature, top_p, top_k, min_p)
+        yield token
+        if token in stop_ids:
+            return
+
+
+@contextlib.contextmanager
+def onednn(on):
+    """oneDNN on or off for CPU products: its bf16 matrix-vector product reads weights at half the memory's speed.
+
+    Afterwards it is on, torch's default: the switch is the process's, and another thread may be inside as well.
+    """
+    torch.backends.mkldnn.enabled = on
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
+def sample(logits, generator, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0):
+    """One token id from logits [V]: temperature, then top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082).
+
+    temperature 0 takes the largest logit; top_k 0, top_p 1 and min_p 0 switch those filters off. InputError when the
+    logits are not finite: then the weights are not sound.
+    """
+    lowest, highest = logits.aminmax()  # one quick pass that NaN and infinities come through
+    sound = (highest - lowest).isfinite()
+    if temperature < 1e-5:  # logits divided by less would overflow
+        enough = sound
+        token = logits.max(0).indices  # the first of equals, as argmax, which is five times slower for bf16
+    else:
+        logits = logits.float() / temperature
+        total = logits.logsumexp(0)
+
+        def draw(k):
+            """(one of the k likeliest, whether the nucleus lies among them)."""
+            values, order = logits.topk(k)
+            p = (values - (values.logsumexp(0) if top_k else total)).exp()  # descending
+            complete = p.sum() >= top_p
+            if top_p < 1:
+                p = p.where(p.cumsum(0) - p < top_p, 0)  # keeps the token that crosses top_p
+            if min_p > 0:
+                p = p.where(p >= min_p * p[0], 0)
+            # torch.multinomial's own way to draw one, without its checks, for each of which a GPU would have to wait
+            drawn = p.div_(torch.empty_like(p).exponential_(generator=generator)).argmax()
+            return order.take(drawn), complete  # order[drawn] would wait
+        most = min(top_k or len(logits), len(logits))
+        k = most if top_k or top_p >= 1 else min(most, 512)  # nearly always enough, and sorting all of V is slow
+        token, enough = draw(k)
+    token, sound, enough = torch.stack([token, sound, enough]).tolist()  # a GPU's only wait, with few exceptions
+    if not sound:
+        raise InputError("the model gives logits that are not finite numbers; expected sound weights")
+    return token if enough or k == most else int(draw(most)[0])
+
+# ----- one token on a CPU --------------------------------------------------------------------------------------------
+
+
+def decoder(model, cache):
+    """A function token -> logits [V], the plain forward of one more token of the one text in `cache`, for a CPU.
+
+    There are no modules here, and nothing is allocated that can be kept: every intermediate is a vector of the weights'
+    dtype with its place, and every view on it is made once. The weights are those of the model, not copies: a step sees
+    changes made in place. Call it without gradients.
+    """
+    config, like = model.config, model.norm.weight
+    H, K, C, eps = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rms_norm_eps
+    layers = [(layer.attention_norm.weight, layer.attention.qkv.weight, layer.attention.out.weight,
+               layer.mlp_norm.weight, layer.mlp.gate_up.weight, layer.mlp.down.weight) for layer in model.layers]
+    h, zeros, added = torch.zeros(3, config.hidden_size, dtype=like.dtype, device=like.device)
+    q, qkv = like.new_empty(H, C), like.new_empty((H + 2 * K) * C)
+    grouped_q, qkv_heads = q.view(1, K, H // K, C), qkv.view(-1, C)  # the queries that share a key are rows of a matrix
+    gate_up = like.new_empty(2 * config.intermediate_size)
+    gate, up = gate_up.chunk(2)
+    # rotation, in fp32; as v is not turned, its cos is 1 and its sin 0, and all heads go through in one piece
+    x, turned, cos, sin = torch.zeros(4, H + 2 * K, C, device=like.device)
+    cos[H + K:] = 1
+    table = rotary_table(config, torch.arange(cache.kv.shape[3], device=like.device))
+    (x1, x2), (turned1, turned2), (sin1, sin2) = [whole.chunk(2, dim=-1) for whole in (x, turned, sin)]
+    turned_q, turned_kv = turned.split([H, 2 * K])
+
+    def step(token):
+        if model.unusable:
+            raise RuntimeError(model.unusable)
+        position, end = cache.length, cache.length + 1
+        cos[:H + K], sin[:H + K] = table[0][position], table[1][position]
+        places = cache.kv[:, 0, :, position].unbind()
+        keys, values = cache.k[:, :, :, :end].unbind(), cache.v[:, :, :, :end].unbind()
+        h.copy_(model.embed.weight[token])
+        for weights, place, k, v in zip(layers, places, keys, values):
+            attention_norm, to_qkv, to_out, mlp_norm, to_gate_up, to_down = weights
+            torch.mv(to_qkv, rms_norm_vector(h, attention_norm, eps, zeros), out=qkv)
+            x.copy_(qkv_heads)
+            torch.mul(x, cos, out=turned)
+            turned1.addcmul_(x2, sin1)
+            turned2.addcmul_(x1, sin2)
+            place.copy_(turned_kv)
+            q.copy_(turned_q)
+            attended = F.scaled_dot_product_attention(grouped_q, k, v)
+            h.add_(torch.mv(to_out, attended.reshape(-1), out=added))
+            torch.mv(to_gate_up, rms_norm_vector(h, mlp_norm, eps, zeros), out=gate_up)
+            F.silu(gate, inplace=True).mul_(up)
+            h.add_(torch.mv(to_down, gate, out=added))
+        cache.length = end
+        return torch.mv(model.head.weight, rms_norm_vector(h, model.norm.weight, eps, zeros))
+    return step
+
+
+def rms_norm_vector(x, weight, eps, zeros):
+    """RMSNorm of one vector [D] on a CPU; `zeros` is a vector of them. Two operations where F.rms_norm needs eight,
+    each of which costs more than its arithmetic."""
+    length = torch.linalg.vector_norm(x, dtype=torch.float32).item()
+    return torch.addcmul(zeros, x, weight, value=(length * length / len(x) + eps) ** -0.5)
+
+# ----- one token on a GPU --------------------------------------------------------------------------------------------
+
+
+RECORDING = threading.Lock()  # a process records one graph at a time
+
+
+def recorded_decoder(model, cache):
+    """`decoder` for a GPU, to which a token of a small model is a thousand kernels, each shorter than its launch.
+
+    They are recorded once, as a CUDA graph, and replayed for each token, on the same memory: so the token and its place
+    are tensors, attention goes over all places of the cache, those not yet filled hidden, and the logits are written
+    over by the next step. Recording takes as long as a few tokens. The weights are those of the model: a step sees
+    changes made in place. Call it as it was made, without gradients or in inference mode.
+    """
+    forward, ids, position = one_token_forward(model, cache)
+    device, graph = ids.device, torch.cuda.CUDAGraph()
+    for _ in range(2):  # the set-up of a first call cannot be recorded
+        forward()
+    # "thread_local": work that other threads give the GPU meanwhile is not recorded and does no harm
+    with RECORDING, torch.cuda.device(device), torch.cuda.graph(graph, stream=recording_stream(device),
+                                                                capture_error_mode="thread_local"):
+        logits = forward()
+
+    def step(token):
+        if model.unusable:
+            raise RuntimeError(model.unusable)
+        if cache.length == cache.kv.shape[3]:  # a GPU would end the process's use of it
+            raise IndexError(f"the cache is full: {cache.length} tokens")
+        ids.fill_(token)
+        position.fill_(cache.length)
+        graph.replay()
+        cache.length += 1
+        return logits
+    return step
+
+
+@functools.lru_cache
+def recording_stream(device):
+    """The stream on which graphs of this GPU are recorded; torch's own choice is the GPU of the first recording."""
+    return torch.cuda.Stream(device)
+
+
+def one_token_forward(model, cache):
+    """(a function -> logits [V], ids [1, 1], position [1]): the plain forward of the token in `ids` at `position`, the
+    same kernels on the same memory wherever that is."""
+    device = model.norm.weight.device
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    position = torch.full((1,), cache.length, device=device)
+    cache.kv[:, :, :, cache.length:] = 0  # p = 0 there, and 0 times the NaN that may lie in fresh memory is NaN
+
+    def layer(i):
+        def extend(k, v):
+            return cache.k[i].index_copy_(2, position, k), cache.v[i].index_copy_(2, position, v)
+        return extend
+
+    def attend(hidden, q, k, v):
+        grouped = q.view(k.shape[1], -1, q.shape[3])  # the queries that share a key-value head, as rows
+        scores = product_fp32(grouped, k[0].mT).mul_(q.shape[3] ** -0.5).add_(hidden)
+        return (scores.softmax(-1).to(v.dtype) @ v[0]).view(q.shape)
+
+    def forward():
+        places = torch.arange(cache.kv.shape[3], device=device)  # here: a graph keeps what it makes and nothing else
+        hidden = torch.zeros(len(places), device=device).masked_fill_(places > position, -math.inf)
+        as_cache = SimpleNamespace(length=0, layer=layer)
+        return model(ids, positions=position, attend=functools.partial(attend, hidden), cache=as_cache)[0, -1]
+    return forward, ids, position
+
+
+def product_fp32(a, b):
+    """a @ b [N, …, …] in fp32; on a GPU without fp32 copies of bf16 a and b."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        return a.float() @ b.float()
+    return torch.bmm(a, b, out_dtype=torch.float32)

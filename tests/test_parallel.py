@@ -1,0 +1,175 @@
+"""parallel.py: what ranks tell each other, and that a model cut over them is the whole model."""
+import numpy as np
+import pytest
+import torch
+from conftest import RUN_CONFIG
+from ranks import begin, run_ranks, whole_tensors
+from torch import nn
+
+import parallel
+import train
+from files import InputError
+from model import Llama, LlamaConfig
+from parallel import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+# ----- processes -----------------------------------------------------------------------------------------------------
+
+
+def test_one_process_is_rank_0_of_1(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert parallel.start("cpu") == ALONE
+    with pytest.raises(InputError, match="--replicate 2: 1 ranks do not divide by it; expected a divisor of 1"):
+        parallel.start("cpu", replicate=2)
+
+
+def test_a_device_is_this_process_own(monkeypatch):
+    assert parallel.pick_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [parallel.pick_device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:3", "cuda:3", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert parallel.pick_device("auto") == "cpu"
+    with pytest.raises(InputError, match="--device cuda: torch finds no CUDA device"):
+        parallel.pick_device("cuda")
+
+
+def places(replicate):
+    world = parallel.start("cpu", replicate)
+    parallel.stop(world)
+    return world.rank, world.size, world.shard, world.shards
+
+
+def test_replicas_hold_the_same_shards():
+    assert run_ranks(2, places, 1) == [(0, 2, 0, 2), (1, 2, 1, 2)]
+    assert run_ranks(2, places, 2) == [(0, 2, 0, 1), (1, 2, 0, 1)]
+
+# ----- what ranks tell each other ------------------------------------------------------------------------------------
+
+
+def told(total):
+    """What each collective gives this rank, of numbers that tell the ranks apart."""
+    world = parallel.start("cpu")
+    rows, called = torch.arange(total * 2.0).view(total, 2), []
+    interleaved = parallel.interleaved_on_rank_0(world, rows[world.rank::world.size], total)
+
+    def refused():
+        called.append(world.rank)
+        raise InputError(f"found by rank {world.rank}")
+    try:
+        parallel.computed_on_rank_0(world, refused)
+    except InputError as error:
+        message = str(error)
+    found = {"sum": parallel.all_sum(world, [world.rank, 0.5, world.rank == 0]),
+             "first": parallel.from_rank_0(world, f"said by {world.rank}"),
+             "computed": parallel.computed_on_rank_0(world, lambda: world.rank + 10), "refused": message,
+             "called": called, "all": parallel.from_all(world, {"rank": world.rank}),
+             "interleaved": None if interleaved is None else torch.equal(interleaved, rows)}
+    parallel.stop(world)
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_collectives_by_hand(size):
+    """Three ranks: 0 + 1 + 2 = 3, three halves, one of them is rank 0; 7 rows are shares of 3, 2 and 2."""
+    for rank, found in enumerate(run_ranks(size, told, 7)):
+        assert found == {
+            "sum": [3.0, 1.5, 1.0] if size == 3 else [0.0, 0.5, 1.0], "first": "said by 0", "computed": 10,
+            "refused": "found by rank 0", "called": [0] if rank == 0 else [],
+            "all": [{"rank": one} for one in range(size)], "interleaved": True if rank == 0 else None}
+
+# ----- sharded tensors -----------------------------------------------------------------------------------------------
+
+
+class Rows(nn.Module):
+    """Parameters that three ranks cannot share evenly, one of them of fewer rows than there are ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for n, rows in enumerate((7, 9, 2)):
+            self.register_parameter(f"p{n}", nn.Parameter(torch.arange(rows * 2.0).view(rows, 2)))
+
+
+def cut_and_whole():
+    """[(first row, this rank's rows, whether all together are the parameter)] of each."""
+    world, model = parallel.start("cpu"), Rows()
+    whole = [parameter.detach().clone() for parameter in model.parameters()]
+    parallel.shard(model, world)
+    found = []
+    for parameter, before in zip(model.parameters(), whole):
+        rows = parallel.local(parameter).detach()
+        again = parallel.full(parallel.sharded_like(parameter, rows.clone()))
+        found.append((parallel.first_row(world, len(before)), rows.tolist(), torch.equal(again, before)))
+    parallel.stop(world)
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_shards_are_rows_in_order_and_together_the_whole(size):
+    """7 rows over 3 ranks are cut as 3, 3, 1, and 2 rows as 1, 1, 0: as torch.chunk cuts them."""
+    for rank, found in enumerate(run_ranks(size, cut_and_whole)):
+        for (first, rows, equal), n in zip(found, (7, 9, 2)):
+            parts = torch.arange(n * 2.0).view(n, 2).chunk(size)
+            expected = parts[rank] if rank < len(parts) else torch.empty(0, 2)
+            assert equal and rows == expected.tolist()
+            assert not rows or first == sum(map(len, parts[:rank]))
+
+
+def shard_sizes(folder):
+    on_meta, cut = [], train.shard
+
+    def noting(model, world):
+        on_meta.extend(parameter.is_meta for parameter in model.parameters())
+        cut(model, world)
+    train.shard = noting
+    world, training = begin(folder, "bf16")
+    sizes = {name: tuple(master.shape) for name, master in training.masters.items()}
+    expected = train.load_training(folder, ALONE).masters
+    exact = all(on_meta) and all(np.array_equal(whole, expected[name].numpy())
+                for name, whole in whole_tensors(training, training.masters).items())
+    parallel.stop(world)
+    return sizes, exact
+
+
+def test_each_rank_reads_only_its_rows(tiny_folder):
+    """3 ranks: 96 words are 32 a rank; 32 rows are cut as 11, 11, 10; together they are the file's fp32 values.
+    Until it is cut the model takes no memory."""
+    outcomes = run_ranks(3, shard_sizes, tiny_folder)
+    assert [sizes["embed.weight"] for sizes, _ in outcomes] == [(32, 32)] * 3
+    assert [sizes["norm.weight"] for sizes, _ in outcomes] == [(11,), (11,), (10,)]
+    assert all(exact for _, exact in outcomes)
+
+
+def shard_of_8b():
+    world = parallel.start("cpu")
+    with torch.device("meta"):
+        model = Llama(LlamaConfig()).to(torch.bfloat16)
+    parallel.shard(model, world)
+    sizes = [parallel.local(parameter).numel() for parameter in model.parameters()]
+    parallel.stop(world)
+    return sum(sizes), all(parallel.local(parameter).is_meta for parameter in model.parameters())
+
+
+def test_an_8b_model_is_cut_before_it_takes_memory():
+    """Llama-3.1-8B over two ranks: half of its 8,030,261,248 parameters each, on the meta device."""
+    assert run_ranks(2, shard_of_8b) == [(8_030_261_248 // 2, True)] * 2
+
+
+def logits_of_a_cut_model():
+    world, model = parallel.start("cpu"), Llama(RUN_CONFIG).init_weights(1)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before = model(ids)
+        parallel.shard(model, world)
+        error = (model(ids) - before).abs().max().item()
+    cut = [parallel.local(parameter).numel() for parameter in (model.norm.weight, model.layers[0].mlp.down.weight)]
+    parallel.stop(world)
+    return error, cut
+
+
+def test_a_cut_model_computes_what_it_did():
+    for error, cut in run_ranks(2, logits_of_a_cut_model):
+        assert error <= 1e-6 and cut == [32, 32 * 48 // 2]  # the root stays gathered after a pass without backward
