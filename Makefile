@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-gpu bench lint clean
+.PHONY: demo chain test test-all test-gpu bench lint clean
 
 # Without a GPU, TORCH="--index-url URL torch" with the URL of PyTorch's CPU wheels saves gigabytes of CUDA packages.
 TORCH ?= torch
@@ -14,20 +14,32 @@ $(VENV)/%.done: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
 
-demo: $(VENV)/demo.done
+QUESTION = My mother, 71, has had a painful swollen calf since her knee operation ten days ago and is now short of \
+	breath. What could this be, and what should be done first?
+
+# The first answer: fetch two small models, index the traces, adapt to the nearest four, answer, restore.
+demo: index/traces/manifest.json
+	$(BIN)/python ttt.py --model models/smollm2-135m-instruct --max-new-tokens 256 --question "$(QUESTION)"
+	@echo
+	@echo 'Next:  . $(VENV)/bin/activate'
+	@echo '       python ttt.py --question "…"              your own question; --no-ttt: without adapting'
+	@echo '       python ttt.py --chat                      ask in turns'
+	@echo '       make chain                                train all stages in miniature (minutes), answer again'
+
+index/traces/manifest.json: $(VENV)/demo.done
 	$(BIN)/python demo/fetch.py
-	$(MAKE) runs/demo-dpo/model/config.json
 	$(BIN)/python retrieve.py build --data demo/data/traces.jsonl --out index/traces
-	$(BIN)/python ttt.py --model runs/demo-dpo/model --max-new-tokens 256 --question "My mother, 71, has had a painful \
-	swollen calf since her knee operation ten days ago and is now short of breath. What could this be, and what should \
-	be done first?"
+
+# The same question to a model that has gone through SFT 1, 2, 3, the cold start and DPO.
+chain: index/traces/manifest.json runs/demo-dpo/model/config.json
+	$(BIN)/python ttt.py --model runs/demo-dpo/model --max-new-tokens 256 --question "$(QUESTION)"
 
 # The paper's stages in miniature: its learning rates, but for DPO's (ten steps at 1e-7 would show nothing), small
 # batches. Each prints what its held-out loss was and is. What is there already is not trained again.
 SMALL = --batch-size 4 --epochs 2 --val-rows 8 --save-every 0 --resume --out $(@D:/model=)
 trained = rm -r $(@D:/model=)/checkpoints  # 1.6 GB each
 
-runs/demo-stage1/model/config.json:
+runs/demo-stage1/model/config.json: index/traces/manifest.json
 	$(BIN)/python sft.py --stage 1 $(SMALL) --model models/smollm2-135m-instruct --data demo/data/sft_all.jsonl
 	$(trained)
 runs/demo-stage2/model/config.json: runs/demo-stage1/model/config.json
