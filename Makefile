@@ -35,7 +35,7 @@ chain: index/traces/manifest.json runs/demo-dpo/model/config.json
 	$(BIN)/python ttt.py --model runs/demo-dpo/model --max-new-tokens 256 --question "$(QUESTION)"
 
 # The paper's stages in miniature: its learning rates, but for DPO's (ten steps at 1e-7 would show nothing), small
-# batches. Each prints what its held-out loss was and is. What is there already is not trained again.
+# batches. Each prints what its held-out loss was and is. A finished stage is not trained again.
 SMALL = --batch-size 4 --epochs 2 --val-rows 8 --save-every 0 --resume --out $(@D:/model=)
 trained = rm -r $(@D:/model=)/checkpoints  # 1.6 GB each
 
@@ -68,7 +68,7 @@ test-gpu: $(VENV)/test.done
 
 bench: $(VENV)/bench.done
 	$(BIN)/python demo/fetch.py
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/inference.py
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .

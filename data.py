@@ -86,7 +86,7 @@ class Tokenizer:
         special = {inner.id_to_piece(i): i for i in range(inner.vocab_size()) if inner.is_control(i)}
         template = "llama2" if {"<s>", "</s>"} <= set(special) else None
 
-        def decode(ids):  # piece by piece, for sentencepiece drops control tokens
+        def decode(ids):  # piece by piece, because sentencepiece drops control tokens
             text, run = "", []
             for i in ids:
                 if inner.is_control(i):

@@ -13,11 +13,14 @@ cited at `dpo_loss`.
     python dpo.py --data PAIRS.jsonl --dry-run                              the plan: pairs, tokens, steps, memory
     python dpo.py --data PAIRS.jsonl --inspect 3                            three pairs as they are trained
 """
+import os
+
+# OpenMP's threads wait briefly, so that other processes run; read when torch is loaded (bench/neighbour.py)
+os.environ.update({} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ} else {"GOMP_SPINCOUNT": "1000"})
 import functools
 import hashlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -38,7 +41,7 @@ from run import (
     batches,
     begin,
     finish,
-    held_batches,
+    micro_batches,
     open_run,
     read_examples,
     resume,
@@ -339,10 +342,10 @@ def main(argv=None):
     def loss_fn(model, batch):
         return preference_loss(pair_logps(model, batch), batch["reference"], batch["lengths"], **settings)
     if known:
-        check_start(run, training, held_batches(run, pairs[:args.batch_size], pair_tokens, collate))
+        check_start(run, training, micro_batches(run, pairs[:args.batch_size], pair_tokens, collate))
     resume(run, training)
     fit(training, batches(run, pairs, pair_tokens, collate), loss_fn, **schedule(run),
-        held=held_batches(run, held, pair_tokens, collate), where=lambda row: pairs[row][0])
+        held=micro_batches(run, held, pair_tokens, collate), where=lambda row: pairs[row][0])
     finish(run, training, reported=("loss", "accuracy", "margin", "logps_chosen"))
     stop(run.world)
 

@@ -100,32 +100,33 @@ class BufferedEmbedding(torch.autograd.Function):
 
 
 def rms_norm(x, weight, eps):
-    """RMSNorm (arXiv 1910.07467) of x [..., D] in the dtype of x, accumulated in fp32; weight [D]."""
+    """RMSNorm (arXiv 1910.07467) of x [..., D] in the dtype of x, computed in fp32; weight [D]."""
     if x.device.type == "cpu" and torch.is_grad_enabled():
         return Norm.apply(x, weight, eps)
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
 
 class Norm(torch.autograd.Function):
-    """F.rms_norm that keeps y, its output, alone, which the next product keeps as well; torch's own keeps five more.
+    """F.rms_norm that in bf16 keeps y, its output, alone, which the next product keeps as well; torch keeps five more.
 
     With s = 1 / sqrt(mean(x^2) + eps), n = x s and y = n w, backward takes n = y / w:
-    d x = s (g w - n mean(g w n)),   d w = sum(g n).   Where a weight is too near 0 to divide by, x is kept instead.
+    d x = s (g w - n mean(g w n)),   d w = sum(g n).   In fp32, and where a weight is too near 0, x is kept instead.
     """
     @staticmethod
     def forward(ctx, x, weight, eps):
         y = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.divides = bool(weight.abs().min() > 1e-30)
-        ctx.save_for_backward(y if ctx.divides else x, weight, scale)
+        if any(ctx.needs_input_grad):
+            scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            ctx.divides = x.dtype == torch.bfloat16 and bool(weight.abs().min() > 1e-30)
+            ctx.save_for_backward(y if ctx.divides else x, weight, scale)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        kept, weight, scale = ctx.saved_tensors
-        w, g = weight.float(), grad.float()
-        n = kept / w if ctx.divides else kept * scale
+        saved, weight, scale = ctx.saved_tensors
+        w, g = weight.to(grad.dtype).float(), grad.float()  # as rounded in y
+        n = saved / w if ctx.divides else saved * scale
         g_n = g * n
         mean = (g_n @ w).div_(w.shape[0])[..., None]
         grad_x = (g * w).addcmul_(n, mean, value=-1).mul_(scale)
@@ -153,9 +154,9 @@ class GatedLinear(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        opened = F.silu(gate)
-        grad, grad_weight = product_gradients(grad, opened * up, weight)
-        torch.mul(grad, opened, out=grad_up)
+        activated = F.silu(gate)
+        grad, grad_weight = product_gradients(grad, activated * up, weight)
+        torch.mul(grad, activated, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
         return grad_gate_up, grad_weight
 
@@ -215,6 +216,7 @@ def attend_apart(documents, q, k, v):
     outputs = []
     for group in alike(documents):
         longest = max(n for _, n in group)
+        longest += -longest % 8  # other numbers of rows cost products up to a fifth
         padded = [torch.stack([F.pad(next(xs), (0, 0, 0, 0, 0, longest - n)) for _, n in group]) for xs in texts]
         attended = causal_attention(*(x.transpose(1, 2) for x in padded))  # [documents, H, longest, C]
         cuts = [cut for _, n in group for cut in (n, longest - n)]  # split: the backward of slices would be quadratic
@@ -313,7 +315,7 @@ def scaled_product(a, b, scale):
 
 @functools.lru_cache(maxsize=64)  # every layer asks for the same
 def causal_mask(n, shared, dtype):
-    """[n shared, n]: -inf where one of n queries must not look, 0 elsewhere; each stands there `shared` times."""
+    """[n shared, n]: -inf where one of n queries must not look, 0 elsewhere; each row `shared` times."""
     return torch.full((n, n), -math.inf, dtype=dtype).triu(1).repeat_interleave(shared, 0)
 
 # ----- token_logps: logit[label] - logsumexp(logits) -----------------------------------------------------------------
@@ -408,7 +410,7 @@ def block_of_logits(device):
 
 
 def places_in(labels, words):
-    """The labels counted from the start of the block `words`, and which of them lie in it; the others are any."""
+    """The labels counted from the start of the block `words`, and which of them lie in it; 0 for the others."""
     inside = (labels >= words.start) & (labels < words.stop)
     return torch.where(inside, labels - words.start, 0), inside
 

@@ -226,7 +226,7 @@ def finished_rows(path, begins_with):
 @contextlib.contextmanager
 def appended(path):
     """`with appended(path) as append:` append(row) puts a dict behind the finished rows of a jsonl file, on disk before
-    it returns. A half-written last line is cut off first."""
+    it returns. A half-written last line is cut off: call `finished_rows` first, which refuses a foreign file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         file.truncate(complete_lines(path)[1])

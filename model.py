@@ -71,8 +71,8 @@ def rotary_table(config, positions):
     if config.rope_scaling:
         s = config.rope_scaling
         turns = s.original_max_position_embeddings * frequency / (2 * math.pi)  # in the context first trained on
-        kept = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-        frequency = kept * frequency + (1 - kept) * frequency / s.factor
+        smooth = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+        frequency = smooth * frequency + (1 - smooth) * frequency / s.factor
     angle = (positions.float()[..., None] * frequency)[..., None, :]
     return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
@@ -163,7 +163,7 @@ class Llama(nn.Module):
         return self
 
     def compute_dtype(self, ids):
-        """The weights' dtype; but for bf16 weights fp32 where the machine's bf16 products are slow. A single token at
+        """The weights' dtype, or fp32 for bf16 weights on a machine whose bf16 products are slow. A single token at
         inference stays in bf16: its time goes into reading the weights."""
         weight = self.norm.weight
         one_token = ids.numel() == 1 and not torch.is_grad_enabled()
@@ -228,7 +228,8 @@ def load_model(directory, device="cpu", dtype=torch.bfloat16, seed=0):
     """The Llama in `directory` (Hugging Face layout), its weights in `dtype` on `device`, ready for inference.
 
     Built on the meta device and filled from memory-mapped files piece by piece: the peak is the weights. Weights stored
-    in more than bf16 become bf16 by stochastic rounding, repeatable from `seed`. InputError names the fault.
+    in more than bf16 become bf16 by stochastic rounding, repeatable from `seed`. InputError names the fault. A program
+    calls fast.reuse_freed_memory() first.
     """
     directory = require_dir(directory, "a model (config.json and safetensors files)")
     config = LlamaConfig.from_json(directory / "config.json")

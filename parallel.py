@@ -1,9 +1,9 @@
-"""The processes of a run: who they are, how a model is cut over them, and how they agree on a few numbers.
+"""The processes of a run: their ranks, how a model is cut over them, and how they agree on a few numbers.
 
 Under torchrun every process runs the same program on its own rows. Rank r holds one shard of every weight (FSDP2,
 arXiv 2304.11277); with `replicate` copies of the sharded model (HSDP) only gradients cross between nodes. Without
-torchrun there is one process, rank 0 of 1, and every function here does the obvious thing. Ranks are known in this
-file and in checkpoints.py alone.
+torchrun there is one process, rank 0 of 1, and every function here returns its own value. torch.distributed is used in
+this file and in checkpoints.py alone; other files ask a World.
 
     python sft.py …                                                         one process
     torchrun --nproc-per-node 8 sft.py …                                    eight, one shard each
@@ -73,7 +73,7 @@ def stop(world):
     if world.size > 1:
         dist.destroy_process_group()
 
-# ----- what ranks tell each other ------------------------------------------------------------------------------------
+# ----- messages between ranks ----------------------------------------------------------------------------------------
 
 
 def all_sum(world, values):
@@ -153,9 +153,9 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_like(parameter, rows):
+def sharded_like(world, parameter, rows):
     """This rank's `rows`, as a tensor sharded as `parameter` is; for one process the rows themselves."""
-    if not isinstance(parameter, DTensor):
+    if not world.mesh:
         return rows
     return DTensor.from_local(rows, parameter.device_mesh, parameter.placements, run_check=False,
                               shape=parameter.shape, stride=parameter.stride())

@@ -16,6 +16,10 @@ BERT: arXiv 1810.04805. Sentence vectors: arXiv 1908.10084. bge: arXiv 2309.0759
 
 Shapes: N texts, M tokens of a batch, D width, H heads, C channels of a head, Q queries, k neighbours.
 """
+import os
+
+# OpenMP's threads wait briefly, so that other processes run; read when torch is loaded (bench/neighbour.py)
+os.environ.update({} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ} else {"GOMP_SPINCOUNT": "1000"})
 import hashlib
 import json
 import sys
@@ -36,7 +40,7 @@ from tqdm import tqdm
 
 from data import check_unicode, question_of
 from files import InputError, Parser, read_json, read_jsonl, require_dir, run_main, sha256, whole, written_aside
-from parallel import interleaved_on_rank_0, pick_device, start, stop
+from parallel import from_all, interleaved_on_rank_0, pick_device, start, stop
 
 DEFAULT_ENCODER = "models/all-minilm-l6-v2"
 DEFAULT_INDEX = "index/traces"
@@ -47,7 +51,7 @@ INDEX_FILES = {"manifest.json", "records.jsonl", "vectors.safetensors"}
 
 # ----- the BERT encoder ----------------------------------------------------------------------------------------------
 
-def read_config(path):
+def read_bert_config(path):
     """The sizes in a Hugging Face config.json, as a dict. InputError for anything but the BERT that is built here."""
     raw = read_json(path)
     for key, expected in {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
@@ -141,7 +145,7 @@ class Bert(nn.Module):
         return F.normalize(torch.cat(pooled), dim=1)
 
 
-TENSORS = {  # our names -> Hugging Face's; what stands behind a layer's name is prefixed with encoder.layer.N.
+TENSORS = {  # our names -> Hugging Face's; those of a layer get the prefix encoder.layer.N.
     "word": ["embeddings.word_embeddings"], "position": ["embeddings.position_embeddings"],
     "token_type": ["embeddings.token_type_embeddings"], "norm": ["embeddings.LayerNorm"],
     "qkv": ["attention.self.query", "attention.self.key", "attention.self.value"],
@@ -192,7 +196,7 @@ class Encoder:
         batch_tokens: None: 1,024 on a CPU, where a batch should stay in the cache, 16,384 on a GPU.
         """
         self, directory = cls(), require_dir(directory, "an encoder")
-        config = read_config(directory / "config.json")
+        config = read_bert_config(directory / "config.json")
         path = directory / "sentence_bert_config.json"
         settings = read_json(path) if path.exists() else {}
         length = settings.get("max_seq_length") or config["max_position_embeddings"]
@@ -448,11 +452,19 @@ def manifest_sha256(manifest):
 def encode_in_parallel(encoder, texts, progress=False):
     """encoder.encode(texts), shared among torchrun's ranks: rank r takes texts r, r + world, r + 2 world, … Rank 0 gets
     float32 [N, D], the others None."""
-    world = start(encoder.device.type)
-    share = encoder.encode(texts[world.rank::world.size], progress=progress and world.rank == 0)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return encoder.encode(texts, progress=progress)
+    world, share, error = start("cpu"), None, None  # vectors are gathered in main memory, wherever the encoder runs
+    try:
+        share = encoder.encode(texts[world.rank::world.size], progress=progress and world.rank == 0)
+    except InputError as found:
+        error = found
+    errors = [error for error in from_all(world, error) if error]
+    if errors:  # on every rank, because none may wait for another
+        raise errors[0]
     vectors = interleaved_on_rank_0(world, torch.from_numpy(share), len(texts))
     stop(world)
-    return vectors if vectors is None else vectors.numpy()
+    return None if vectors is None else vectors.numpy()
 
 
 # ----- command line --------------------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ On the trace it was taken on, one such step lowers SmolLM2's loss from 2.357 to 
 with bf16 weights rounded to nearest: 3 % of the step is left.
 
 The solution. Round up with the probability of the part that is cut off, else down: the expected weight is exact, and
-many small steps add up to what they are. With stochastic rounding that loss is 2.157 (arXiv 2502.20566).
+many small steps add up to their sum. With stochastic rounding that loss is 2.157 (arXiv 2502.20566).
 
     0.05001 lies between the bf16 numbers 0.049804688 and 0.050048828, 84 % of the way up:
     84 times in 100 it becomes the upper one, 16 times the lower one; the mean is 0.05001.
 
-The eight lines. bf16 is the upper half of fp32's 32 bits, and the lower half, divided by 2^16, is that probability. Add
+The five lines. bf16 is the upper half of fp32's 32 bits, and the lower half, divided by 2^16, is that probability. Add
 a uniform 16-bit integer to the bits, cut the lower 16 off: the addition carries into the upper half exactly that often.
 
     def stochastic_round(exact, generator):                                       # fp32 -> bf16, the plain form
@@ -28,20 +28,20 @@ def stochastic_round_(target, source, generator):
 
     `target` is contiguous (else RuntimeError), `generator` lives on its device. Works in slices that stay in the cache.
     """
-    round_ = stochastic_rounder(generator, target.device)
+    round_ = stochastic_rounder(generator, target.device, min(target.numel(), slice_size(target.device)))
     for rounded, exact in zip(slices(target), slices(source.contiguous())):
         round_(rounded, exact)
 
 
-def stochastic_rounder(generator, device):
+def stochastic_rounder(generator, device, n=None):
     """The fast form: a function round_(rounded, exact) for slices of any number of tensors.
 
     Drawing is slow on a CPU: drawn one by one, the random integers take longer than all the rest. So a slice takes the
     upper half of (the same random 32-bit x) · (its own random odd number) mod 2^32. That is uniform for each weight,
-    because an odd factor only permutes the 2^32 values; and two slices' are independent but for the power of two in x,
-    which matters for one x in 2^16.
+    because an odd factor only permutes the 2^32 values; and the integers of two slices are independent, except for the
+    power of two in x, which matters for one x in 2^16. Tensors of at most `n` numbers need no more words than that.
     """
-    x = draw_int32(slice_size(device), generator, device)
+    x = draw_int32(n or slice_size(device), generator, device)
 
     def round_(rounded, exact):
         factor = draw_int32(1, generator, device) | 1

@@ -1,8 +1,8 @@
 """A training run from the command line: all that stands before and after the loop in sft.py and dpo.py.
 
-    run = open_run(args, name)                                  processes, config, tokenizer
+    run = open_run(args, name, fixed)                           processes, config, tokenizer
     examples, held = read_examples(run, parse, render)          rows drawn from --data, rendered by all ranks
-    if shown(run, …): return                                    --inspect, --dry-run
+    if shown(run, …): return stop(run.world)                    --inspect, --dry-run
     training = begin(run)                                       weights, masters, optimizer
     resume(run, training)                                       the newest checkpoint that verifies
     fit(training, …, **schedule(run))                           train.py
@@ -210,18 +210,18 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
                 if name.startswith("model.layers.0."))
     w, c = (4, 4) if dtype == torch.float32 else (2, 2 if fast_bf16 else 4)
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # a CPU's norms are computed again; its attention keeps copies, not views of a larger whole, and at most this many
-    # probabilities a head and token (half of them are hidden)
+    # a CPU's norms keep their output, which the next product keeps as well; its attention keeps copies, not views of a
+    # larger whole, and at most this many probabilities a head and token (half of them are hidden)
     n, p = (2, KEPT_KEYS // 2) if world.device.type == "cpu" else (4, 0)
     block = c * (n * config.hidden_size + 2 * config.intermediate_size + n * (queries + keys) +
                  p * config.num_attention_heads)
     layers = config.num_hidden_layers
-    kept = layers * c * config.hidden_size + block if activation_checkpointing else layers * block
+    activations = layers * c * config.hidden_size + block if activation_checkpointing else layers * block
     logits = min(tokens * config.vocab_size, KEPT_LOGITS)
     memory = {f"state: {16 if w == 4 else 18} × {parameters:,} parameters / {world.shards} shards":
               (16 if w == 4 else 18) * parameters / world.shards,
               f"activations of {tokens:,} tokens: " + ("L · c · D + one layer's" if activation_checkpointing else
-              f"L · c · ({n} · D + 2 · I + {n} · (H + K) · C{f' + {p} · H' if p else ''})"): tokens * kept,
+              f"L · c · ({n} · D + 2 · I + {n} · (H + K) · C{f' + {p} · H' if p else ''})"): tokens * activations,
               f"logits: c × {logits:,} kept, 12 bytes × a block of {block_of_logits(world.device):,}":
               c * logits + 12 * block_of_logits(world.device)}
     if world.size > 1:
@@ -263,9 +263,10 @@ def batches(run, examples, tokens, collate):
                      world=run.world, tokens=tokens, collate=collate)
 
 
-def held_batches(run, held, tokens, collate):
-    """This rank's micro-batches of the held-out examples; none without such examples."""
-    return micro_batches_of(held, run.args.micro_tokens, run.world, tokens=tokens, collate=collate) if held else []
+def micro_batches(run, examples, tokens, collate):
+    """This rank's micro-batches of `examples`, for a pass without steps; none without examples."""
+    return micro_batches_of(examples, run.args.micro_tokens, run.world, tokens=tokens, collate=collate) \
+        if examples else []
 
 
 def schedule(run):
@@ -314,9 +315,9 @@ def export_model(training, directory, *, source, dtype, card):
     model, world = training.model, training.world
 
     def gathered(name):
-        return full(sharded_like(model.get_parameter(name), training.masters[name]))
+        return full(sharded_like(world, model.get_parameter(name), training.masters[name]))
 
-    def finish(folder):
+    def add_files(folder):
         tokenizer = Tokenizer.from_dir(source)
         path = folder / "generation_config.json"
         stops = sorted(stop_ids_of(source) | {tokenizer.end_of_turn()})  # a base model's file lacks the end of a turn
@@ -331,7 +332,7 @@ def export_model(training, directory, *, source, dtype, card):
             (folder / "NOTICE").write_text(LLAMA_NOTICE)
     if world.rank == 0:
         write_checkpoint(directory, model.config, gathered, source=source, dtype=dtype, seed=training.seed,
-                         finish=finish)
+                         add_files=add_files)
     else:
         for name in checkpoint_names(model.config):
             gathered(name)

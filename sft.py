@@ -11,6 +11,10 @@ supervised fine-tuning; the numbers of the four stages stand in STAGES with wher
     python sft.py --stage 1 --data FILE.jsonl --dry-run                     the plan: rows, tokens, steps, memory
     python sft.py --stage 1 --data FILE.jsonl --inspect 3                   three rows as they are trained
 """
+import os
+
+# OpenMP's threads wait briefly, so that other processes run; read when torch is loaded (bench/neighbour.py)
+os.environ.update({} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ} else {"GOMP_SPINCOUNT": "1000"})
 import functools
 
 from data import collate, messages_of, render_rows
@@ -26,7 +30,7 @@ from run import (
     batches,
     begin,
     finish,
-    held_batches,
+    micro_batches,
     open_run,
     read_examples,
     resume,
@@ -107,7 +111,7 @@ def main(argv=None):
     training = begin(run)
     resume(run, training)
     fit(training, batches(run, examples, tokens_of, collate), loss_fn, **schedule(run),
-        held=held_batches(run, held, tokens_of, collate), where=lambda row: examples[row][0])
+        held=micro_batches(run, held, tokens_of, collate), where=lambda row: examples[row][0])
     finish(run, training)
     stop(run.world)
 

@@ -130,7 +130,7 @@ def state_tensors(training):
         master = training.masters[name]
         state = training.optimizer.state[master]
         for kind, rows in (("master", master), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
-            tensors[f"{kind}/{name}"] = sharded_like(parameter, rows)
+            tensors[f"{kind}/{name}"] = sharded_like(training.world, parameter, rows)
     return tensors
 
 

@@ -19,6 +19,10 @@ peak at 18.4 GB (bench/gpu.py): a 24 GB card will do.
     python ttt.py --questions FILE.jsonl --out ANSWERS.jsonl        many; run again to go on where it stopped
     python ttt.py --chat                                            interactive
 """
+import os
+
+# OpenMP's threads wait briefly, so that other processes run; read when torch is loaded (bench/neighbour.py)
+os.environ.update({} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ} else {"GOMP_SPINCOUNT": "1000"})
 import argparse
 import contextlib
 import json
@@ -127,10 +131,11 @@ def take_steps(model, examples, update, steps, hooks=None):
             all_finite &= update(weight, grad)
     bar = tqdm(total=len(examples) * steps, desc="adapting", unit="step", delay=2, leave=False, disable=None,
                file=sys.stderr)
-    head = model.head.weight
+    head, buffer = model.head.weight, None
+    if head is model.embed.weight and head.device.type == "cpu":
+        buffer = torch.zeros_like(head)  # one gradient of this size, not three
     try:
-        if head is model.embed.weight and head.device.type == "cpu":  # one gradient of this size, not three
-            model.embed_grad = model.head_grad = torch.zeros_like(head)
+        model.embed_grad = model.head_grad = buffer
         for weight in model.parameters():
             hooks.append(weight.register_post_accumulate_grad_hook(on_gradient))
         for example in examples:
@@ -140,20 +145,21 @@ def take_steps(model, examples, update, steps, hooks=None):
                     value = loss.item()
                     if value - value != 0:
                         raise NotFinite(f"the loss on the neighbour is {value}")
-                    return_freed_memory(head.device)  # the holes that forward has left, before backward makes its own
+                    if first_loss is None:  # the holes that forward has left, before backward makes its own
+                        return_freed_memory(head.device)
                     loss.backward()
-                if model.head_grad is not None:
+                if buffer is not None:
                     with torch.no_grad():
-                        all_finite &= update(head, model.head_grad)
-                        model.head_grad.zero_()
+                        all_finite &= update(head, buffer)
+                        buffer.zero_()
                 first_loss = value if first_loss is None else first_loss
                 if not all_finite:
                     raise NotFinite("a gradient or step on the neighbour is not finite")
                 bar.update()
     finally:
-        bar.close()
         remove_hooks(hooks)
         model.embed_grad = model.head_grad = None
+        bar.close()
     return first_loss
 
 # ----- adapt, and put back -------------------------------------------------------------------------------------------

@@ -217,12 +217,12 @@ COPIED_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "s
 
 
 def write_checkpoint(directory, config, parameter, *, source=None, dtype=torch.bfloat16, seed=0,
-                     max_shard_bytes=5_000_000_000, finish=None):
+                     max_shard_bytes=5_000_000_000, add_files=None):
     """Writes config.json, safetensors shards and their index, aside and renamed; tied weights are stored once.
 
     `parameter(name)` gives our parameter of that name, whole; it is asked for one at a time. fp32 becomes bf16 by
     stochastic rounding from `seed`. Tokenizer and generation settings are copied from the folder `source`;
-    `finish(folder)` may add files (a model card) before the folder gets its name.
+    `add_files(folder)` may add more (a model card) before the folder gets its name.
     """
     names, shapes = checkpoint_names(config), checkpoint_shapes(config)
     shards, size = [[]], 0  # lists of our parameter names
@@ -259,5 +259,5 @@ def write_checkpoint(directory, config, parameter, *, source=None, dtype=torch.b
             given = read_json(Path(source) / "config.json")
             raw = {key: given[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in given} | raw
         (aside / "config.json").write_text(json.dumps(raw, indent=2))
-        if finish:
-            finish(aside)
+        if add_files:
+            add_files(aside)

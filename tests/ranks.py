@@ -121,7 +121,7 @@ def batches_for(world, budget=64, seen=None):
 
 def whole_tensors(training, tensors):
     """{name: the whole tensor, as an array} of per-rank rows."""
-    return {name: full(sharded_like(training.model.get_parameter(name), rows.clone())).numpy()
+    return {name: full(sharded_like(training.world, training.model.get_parameter(name), rows.clone())).numpy()
             for name, rows in tensors.items()}
 
 

@@ -101,7 +101,7 @@ def cut_and_whole():
     found = []
     for parameter, before in zip(model.parameters(), whole):
         rows = parallel.local(parameter).detach()
-        again = parallel.full(parallel.sharded_like(parameter, rows.clone()))
+        again = parallel.full(parallel.sharded_like(world, parameter, rows.clone()))
         found.append((parallel.first_row(world, len(before)), rows.tolist(), torch.equal(again, before)))
     parallel.stop(world)
     return found

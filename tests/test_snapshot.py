@@ -94,6 +94,7 @@ def test_everything_is_put_back():
     model.layers[0].train()
     model.layers[0].checkpointing = True
     model.norm.weight.requires_grad_(False)
+    model.embed_grad = buffer = torch.zeros(())
     before, fingerprint, rng, fired = bits(model), digest(model), torch.get_rng_state(), []
     modes = [module.training for module in model.modules()]
     taken = Snapshot(model)
@@ -105,6 +106,7 @@ def test_everything_is_put_back():
     model.counter += 7
     model.train()
     model.requires_grad_(True)
+    model.embed_grad, model.head_grad = None, torch.ones(())
     model.layers[0].checkpointing, model.layers[1].checkpointing = False, True
     torch.rand(7)
     assert not same(model, before) and digest(model) != fingerprint
@@ -115,6 +117,8 @@ def test_everything_is_put_back():
     assert [layer.checkpointing for layer in model.layers] == [True, False, False]
     assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == ["norm.weight"]
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.embed_grad is buffer and model.head_grad is None
+    model.embed_grad = None
     model(torch.tensor([[1, 2]])).float().sum().backward()
     assert not fired and taken.hooks == []
 
@@ -309,6 +313,7 @@ def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
         signal.signal(signal.SIGTERM, old_handler)
     assert left == [point] and same(model, before) and model.unusable is None
     assert all(parameter.grad is None and not vars(parameter) for parameter in model.parameters())
+    assert model.embed_grad is None and model.head_grad is None
     hooks_left = sum(len(parameter._post_accumulate_grad_hooks or ()) for parameter in model.parameters())
     assert hooks_left == (point == "hooks half set")
     monkeypatch.undo()

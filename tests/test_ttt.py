@@ -170,6 +170,16 @@ def test_what_the_steps_needed_is_gone_while_answering(monkeypatch):
         assert report.applied and updates[0]() is None  # and its moments, 8 bytes a parameter, with it
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradient_buffers_of_a_training_run_are_neither_read_nor_written(tied):
+    model, plain = tiny(torch.float32, tied=tied), tiny(torch.float32, tied=tied)
+    model.embed_grad, model.head_grad = buffers = [torch.ones_like(model.head.weight) for _ in range(2)]
+    with ttt.adapted(model, tiny_examples(1)), ttt.adapted(plain, tiny_examples(1)):
+        assert same(model, bits(plain))
+    assert all(torch.equal(buffer, torch.ones_like(buffer)) for buffer in buffers)
+    assert model.embed_grad is buffers[0] and model.head_grad is buffers[1]
+
+
 def test_the_loss_afterwards_need_not_be_measured(monkeypatch):
     model, losses, example_loss = tiny(), [], ttt.example_loss
     monkeypatch.setattr(ttt, "example_loss", lambda *args: losses.append(1) or example_loss(*args))

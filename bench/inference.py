@@ -1,6 +1,6 @@
 """One table: ours, the peer, the ratio. Every figure is measured in this run, the sides alternately.
 
-    python bench/run.py [--rounds 3] [--tasks decode ttt ttt+loss encode] [--padded] [--json]
+    python bench/inference.py [--rounds 3] [--tasks decode ttt ttt+loss encode] [--padded] [--json]
 
 Each measurement is a process of its own (so that its peak memory is its own), with --threads threads, on
 SmolLM2-135M-Instruct and all-MiniLM-L6-v2 from models/:
@@ -250,7 +250,8 @@ def measure(task, side, threads):
 def in_a_process(task, side, threads):
     out = subprocess.run([sys.executable, __file__, "--measure", task, side, "--threads", str(threads)],
                          capture_output=True, text=True, cwd=ROOT,
-                         env=os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+                         env=os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+                         | ({"GOMP_SPINCOUNT": "1000"} if side.startswith("ours") else {}))  # as our programs set it
     last = out.stdout.strip().splitlines()[-1:] or [""]
     if out.returncode or not last[0].startswith("{"):
         raise InputError(f"{task}, {side}: {(out.stderr.strip().splitlines() or ['failed'])[-1]}")
