@@ -41,14 +41,15 @@ def stochastic_rounder(generator, device, n=None):
     because an odd factor only permutes the 2^32 values; and the integers of two slices are independent, except for the
     power of two in x, which matters for one x in 2^16. Tensors of at most `n` numbers need no more words than that.
     """
-    x = draw_int32(n or slice_size(device), generator, device)
+    x, on_cpu = draw_int32(n or slice_size(device), generator, device), torch.device(device).type == "cpu"
 
     def round_(rounded, exact):
         factor = draw_int32(1, generator, device) | 1
         noise = (x[:len(exact)] * factor).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
         bits = noise.add_(exact.view(torch.int32)).bitwise_and_(-0x10000)
         rounded.copy_(bits.view(torch.float32))
-        rounded.masked_fill_(exact.isnan(), torch.nan)
+        if not on_cpu or not exact.sum().isfinite():  # a GPU would have to wait for the answer
+            rounded.masked_fill_(exact.isnan(), torch.nan)
     return round_
 
 

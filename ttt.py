@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from data import Tokenizer, check_unicode, messages_of, question_of, render_chat, stream_text, training_example
-from fast import return_freed_memory, reuse_freed_memory
+from fast import reuse_freed_memory
 from files import (
     DISCLAIMER,
     InputError,
@@ -145,8 +145,6 @@ def take_steps(model, examples, update, steps, hooks=None):
                     value = loss.item()
                     if value - value != 0:
                         raise NotFinite(f"the loss on the neighbour is {value}")
-                    if first_loss is None:  # the holes that forward has left, before backward makes its own
-                        return_freed_memory(head.device)
                     loss.backward()
                 if buffer is not None:
                     with torch.no_grad():
