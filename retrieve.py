@@ -38,9 +38,10 @@ from tokenizers import Tokenizer, normalizers
 from torch import nn
 from tqdm import tqdm
 
-from data import check_unicode, question_of
+from data import check_unicode
 from files import InputError, Parser, read_json, read_jsonl, require_dir, run_main, sha256, whole, written_aside
 from parallel import from_all, interleaved_on_rank_0, pick_device, start, stop
+from rows import question_of
 
 DEFAULT_ENCODER = "models/all-minilm-l6-v2"
 DEFAULT_INDEX = "index/traces"

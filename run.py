@@ -23,11 +23,12 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import checkpoint_to_resume, checkpoints_of
-from data import CHAT_TEMPLATES, Tokenizer, draw_rows, show_example
+from data import CHAT_TEMPLATES, Tokenizer, show_example
 from fast import KEPT_KEYS, KEPT_LOGITS, block_of_logits, has_fast_bf16, reuse_freed_memory
 from files import DISCLAIMER, InputError, number, read_json, read_jsonl, resident, sha256, whole, write_json
 from model import LlamaConfig
 from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded_like, start
+from rows import draw_rows
 from train import epochs_of, load_checkpoint, load_training, micro_batches_of
 from weights import (
     DTYPES,

@@ -17,10 +17,11 @@ import os
 os.environ.update({} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ} else {"GOMP_SPINCOUNT": "1000"})
 import functools
 
-from data import collate, messages_of, render_rows
+from data import collate, render_rows
 from fast import attend_apart, causal_attention
 from files import Parser, run_main
 from parallel import stop
+from rows import messages_of
 from run import (
     CODE,
     OURS,

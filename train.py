@@ -31,12 +31,13 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import load_tensors, save_tensors
-from data import random_number, split_step, steps_of_epochs
+from data import split_step, steps_of_epochs
 from fast import return_freed_memory
 from files import InputError, read_jsonl, resident, written_aside
 from model import Llama, LlamaConfig
 from parallel import World, all_sum, first_row, local, shard, sharded_like
 from rounding import slices, stochastic_rounder
+from rows import random_number
 from weights import check_checkpoint, checkpoint_files, checkpoint_names, parameter_count, read_rows
 
 # ----- state ---------------------------------------------------------------------------------------------------------

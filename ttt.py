@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Tokenizer, check_unicode, messages_of, question_of, render_chat, stream_text, training_example
+from data import Tokenizer, check_unicode, render_chat, stream_text, training_example
 from fast import reuse_freed_memory
 from files import (
     DISCLAIMER,
@@ -55,6 +55,7 @@ from model import load_model
 from parallel import pick_device
 from retrieve import Encoder, Index
 from rounding import slices, stochastic_rounder
+from rows import messages_of, question_of
 from snapshot import Snapshot, place_for_snapshot, put_back, remove_hooks
 from weights import DTYPES, stop_ids_of
 

@@ -43,7 +43,8 @@ def peak_gb():
 
 def trace():
     """The first 800 tokens of a conversation with one of the demo's traces: (ids, labels)."""
-    from data import Tokenizer, messages_of, training_example
+    from data import Tokenizer, training_example
+    from rows import messages_of
     tokenizer = Tokenizer.from_dir(SMOLLM2)
     row = json.loads((ROOT / "demo/data/traces.jsonl").read_text().splitlines()[0])
     return training_example(tokenizer, messages_of(row), 800)

@@ -19,8 +19,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from compare import parse_args, peak_memory, run_each
 
-from data import Tokenizer, collate, messages_of, render_rows, split_step
+from data import Tokenizer, collate, render_rows, split_step
 from files import read_jsonl, run_main
+from rows import messages_of
 
 LR = 1e-5
 

@@ -24,11 +24,12 @@ import dpo
 import rounding
 import sft
 import train
-from data import Tokenizer, collate, collate_pairs, draw_rows, pair_of, render_pairs, render_rows
+from data import Tokenizer, collate, collate_pairs, render_pairs, render_rows
 from fast import reuse_freed_memory
 from files import run_main, whole
 from model import load_model
 from parallel import World
+from rows import draw_rows, pair_of
 from run import export_model
 
 BUDGET = 1024

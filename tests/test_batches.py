@@ -13,8 +13,6 @@ from data import (
     Tokenizer,
     collate,
     collate_pairs,
-    draw_rows,
-    pair_of,
     render_chat,
     render_pairs,
     render_rows,
@@ -24,6 +22,7 @@ from data import (
     steps_of_epochs,
 )
 from files import InputError
+from rows import draw_rows, pair_of
 
 FINEMED = {"text": "a passage", "instruction": "What is ketosis?", "complexity": 3, "quality": 8, "language": "en",
            "response": "Ketones in the blood.", "instruction_type": "common"}

@@ -9,8 +9,9 @@ import tokenizers
 import transformers
 from conftest import ROOT
 
-from data import Tokenizer, messages_of, question_of, render_chat, stream_text, training_example
+from data import Tokenizer, render_chat, stream_text, training_example
 from files import InputError
+from rows import messages_of, question_of
 
 LLAMA31 = ROOT.parent / "shared/data/llama31/tokenizer.json.gz"
 # The official Llama-3.1-Instruct template without its tool branches.

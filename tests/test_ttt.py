@@ -21,6 +21,7 @@ import retrieve
 import ttt
 from files import InputError, run_main
 from generate import generate
+from rows import messages_of
 
 # ----- the update ----------------------------------------------------------------------------------------------------
 
@@ -141,7 +142,7 @@ def test_the_step_survives_in_the_real_model_and_rounding_to_nearest_would_lose_
     that generate. fp32 weights give the fall that is possible; bf16 as shipped must keep ≥ 90 % of it."""
     tokenizer = data.Tokenizer.from_dir(smollm2)
     row = json.loads((ROOT / "demo/data/traces.jsonl").read_text().splitlines()[0])
-    example = data.training_example(tokenizer, data.messages_of(row), 300)
+    example = data.training_example(tokenizer, messages_of(row), 300)
 
     def fall(dtype):
         with ttt.adapted(M.load_model(smollm2, dtype=dtype), [example], lr=1e-5) as report:
