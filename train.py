@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from checkpoints import load_tensors, save_tensors
 from data import split_step, steps_of_epochs
-from fast import return_freed_memory
+from fast import Threads, return_freed_memory
 from files import InputError, read_jsonl, resident, written_aside
 from model import Llama, LlamaConfig
 from parallel import World, all_sum, first_row, local, shard, sharded_like
@@ -286,12 +286,14 @@ def fit(training, batches, loss_fn, *, steps, lr, warmup=0.1, clip=1.0, out=None
 
     def validated():
         return {f"val_{name}": value for name, value in validate(training, held, loss_fn).items()}
-    with contextlib.closing(bar), contextlib.closing(metrics_file or bar), signals_noted() as signals:
+    with (contextlib.closing(bar), contextlib.closing(metrics_file or bar), contextlib.closing(Threads()) as threads,
+          signals_noted() as signals):
         if held and training.step == 0:
             log({"step": 0} | validated())
         stream = batches(training.rows)
         while training.step < steps:
             rate = learning_rate(training.step, steps, lr, warmup)
+            threads.leave_busy_cores()
             row, rows = take_step(training, stream, loss_fn, rate, clip, signals)
             bad_in_a_row = 0 if row["finite"] else bad_in_a_row + 1
             signal_seen, last = row.pop("signal"), training.step == steps

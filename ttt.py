@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from data import Tokenizer, check_unicode, render_chat, stream_text, training_example
-from fast import reuse_freed_memory
+from fast import Threads, reuse_freed_memory
 from files import (
     DISCLAIMER,
     InputError,
@@ -246,6 +246,7 @@ class Answerer:
     def __init__(self, settings, device="cpu"):
         start = time.perf_counter()
         self.settings = settings
+        self.threads = Threads()
         self.index = self.encoder = None
         if settings["ttt"]:
             self.index = Index.load(settings["index"])
@@ -288,12 +289,14 @@ class Answerer:
         retrieve_s = time.perf_counter() - start
         if on_neighbours:
             on_neighbours(neighbours)
+        self.threads.leave_busy_cores()
         with adapted(self.model, examples, steps=s["steps"], lr=s["lr"], optimizer=s["optimizer"],
                      seed=s["seed"]) as report:
             if not s["ttt"]:
                 report.reason = "switched off"
             if on_adapted:
                 on_adapted(report)
+            self.threads.leave_busy_cores()
             start, new_ids, pieces = time.perf_counter(), [], []
 
             def new_tokens():

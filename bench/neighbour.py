@@ -1,10 +1,11 @@
 """The cost of a busy neighbour: each task alone and beside a process that keeps one core busy, for each setting.
 
-    python bench/neighbour.py --settings default GOMP_SPINCOUNT=1000        torch's default and our programs'
-    python bench/neighbour.py --settings default GOMP_SPINCOUNT=1000,OMP_NUM_THREADS=1
+    python bench/neighbour.py                                               torch's default and our programs'
+    python bench/neighbour.py --settings OMP_NUM_THREADS=2 OMP_NUM_THREADS=1 OMP_NUM_THREADS=2,GOMP_SPINCOUNT=500
 
-A setting is a list of environment variables with commas between them, `default` none. Each measurement is a process of
-its own, begun without any variable of OpenMP but those of its setting; settings alternate, alone and beside in turn:
+A setting is a list of environment variables with commas between them. Each measurement is a process of its own, begun
+without any variable of OpenMP but those of its setting; settings alternate, alone and beside in turn. Where
+OMP_NUM_THREADS is not set, fast.Threads chooses their number, as it does in the programs:
   sft     optimizer steps of two micro-batches of at most 1,280 tokens; tokens per second, the first step not counted
   ttt     a question as in inference.py: one step on a trace of 800 tokens and 128 new tokens; questions per minute
   decode  greedy tokens per second after the prompt, as in inference.py
@@ -69,6 +70,10 @@ def sft(steps):
 
 def measure(task, steps):
     """{"rate": …, and the circumstances}."""
+    from fast import Threads
+    threads = Threads()
+    time.sleep(1)  # the programs load a model and an index in the meantime
+    threads.leave_busy_cores()
     if task == "sft":
         found = sft(steps)
     else:
@@ -82,10 +87,10 @@ def measure(task, steps):
 
 
 def variables(setting):
-    """{name: value} of "NAME=value,NAME=value", or of "default"."""
-    pairs = [] if setting == "default" else [pair.partition("=") for pair in setting.split(",")]
+    """{name: value} of "NAME=value,NAME=value", or of "programs", which set none."""
+    pairs = [] if setting == "programs" else [pair.partition("=") for pair in setting.split(",")]
     if not all(name and mark for name, mark, _ in pairs):
-        raise argparse.ArgumentTypeError(f"{setting!r}; expected NAME=value with commas between, or default")
+        raise argparse.ArgumentTypeError(f"{setting!r}; expected NAME=value with commas between, or programs")
     return {name: value for name, _, value in pairs}
 
 
@@ -129,7 +134,8 @@ def in_a_process(task, setting, beside, steps):
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", type=named, default=["default"], metavar="NAME=VALUE,…",
+    parser.add_argument("--settings", nargs="+", type=named, metavar="NAME=VALUE,…",
+                        default=[f"OMP_NUM_THREADS={os.cpu_count()}", "GOMP_SPINCOUNT=1000"],
                         help="environments to compare; the first is the one that the others' cost is of")
     parser.add_argument("--tasks", nargs="+", choices=list(UNITS), default=list(UNITS))
     parser.add_argument("--rounds", type=whole(1), default=5, help="measurements of each (default 5)")

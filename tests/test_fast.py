@@ -1,9 +1,13 @@
 """fast.py: each operation beside its plain formula, written out here: values and gradients."""
 import math
+import os
+import sys
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import gradients, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fast
@@ -335,3 +339,80 @@ def test_no_tensor_is_as_large_as_all_the_logits(kept_logits, dtype, monkeypatch
     with Watched():
         fast.token_logps(h, weight, torch.arange(64)).sum().backward()
     assert 8 * 4096 <= max(sizes) <= 64 * 1024 < 64 * 4096
+
+# ----- threads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """fast.Threads on 4 cores, most 4 threads, and what it is to find the next time: [seconds, all, this process]."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(fast.sys, "platform", "linux")
+    monkeypatch.setattr(fast.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    before, next_look = torch.get_num_threads(), [10.0, 100.0, 50.0]
+    monkeypatch.setattr(fast.Threads, "look", staticmethod(lambda: tuple(next_look)))
+    torch.set_num_threads(4)
+    yield fast.Threads(), next_look
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("seconds, used, own, expected", [
+    (2.0, 8.0, 8.0, 4),  # all cores are our own
+    (2.0, 8.0, 6.0, 3),  # one other process
+    (2.0, 3.2, 2.0, 3),  # it got 0.6 of a core beside our threads
+    (2.0, 0.8, 0.0, 4),  # 0.4 of a core: passing
+    (2.0, 8.0, 0.0, 1),  # others have all: one thread remains
+    (0.1, 0.4, 0.2, 4),  # too short to tell
+    (2.0, 1.9, 2.0, 4)])  # the kernel's clock lags
+def test_one_thread_for_each_core_that_others_leave(threads, seconds, used, own, expected):
+    chosen, look = threads
+    look[:] = 10 + seconds, 100 + used, 50 + own
+    chosen.leave_busy_cores()
+    assert torch.get_num_threads() == expected
+    chosen.close()
+    assert torch.get_num_threads() == 4
+
+
+def test_threads_come_back_when_the_others_leave(threads):
+    chosen, look = threads
+    for seconds, used, own, expected in ((1, 4, 2, 2), (1, 4, 4, 4), (0.1, 0.4, 0, 4), (0.9, 3.6, 0, 1)):
+        look[:] = (now + more for now, more in zip(look, (seconds, used, own)))
+        chosen.leave_busy_cores()
+        assert torch.get_num_threads() == expected
+
+
+@pytest.mark.parametrize("variable, platform", [("OMP_NUM_THREADS", "linux"), ("ANOTHER", "darwin")])
+def test_the_user_s_number_of_threads_stays_and_so_does_torch_s_elsewhere(monkeypatch, threads, variable, platform):
+    monkeypatch.setenv(variable, "4")
+    monkeypatch.setattr(fast.sys, "platform", platform)
+    look, chosen = threads[1], fast.Threads()
+    look[:] = 12, 108, 50
+    chosen.leave_busy_cores()
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/stat is Linux's")
+def test_the_seconds_of_this_process_are_among_those_of_its_cores():
+    before = fast.Threads.look()
+    while time.process_time() - before[2] < 0.3:
+        pass
+    seconds, used, own = (b - a for a, b in zip(before, fast.Threads.look()))
+    assert 0.3 <= own <= seconds + 0.05 and used >= own - 0.05
+    assert used <= len(os.sched_getaffinity(0)) * (seconds + 0.05)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_no_bit_depends_on_the_number_of_threads(dtype):
+    """Log-probabilities and all gradients of a small Llama over 2 × 150 tokens, with 1, 2 and 3 threads."""
+    before, model = torch.get_num_threads(), tiny_llama().to(dtype)
+    ids = torch.randint(300, (2, 150), generator=torch.Generator().manual_seed(1))
+    found = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            logps = model(ids, labels=ids.roll(-1, 1))
+            found.append([logps.detach(), *gradients(model, logps.sum()).values()])
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others))
