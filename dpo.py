@@ -13,14 +13,11 @@ cited at `dpo_loss`.
     python dpo.py --data PAIRS.jsonl --dry-run                              the plan: pairs, tokens, steps, memory
     python dpo.py --data PAIRS.jsonl --inspect 3                            three pairs as they are trained
 """
-import os
-
-# OpenMP's threads wait briefly, so that other processes run; read when torch is loaded (bench/neighbour.py)
-os.environ.update({} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ} else {"GOMP_SPINCOUNT": "1000"})
 import functools
 import hashlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 

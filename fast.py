@@ -217,25 +217,24 @@ def attend_apart(documents, q, k, v):
     texts = [iter(x[0].transpose(0, 1).split(documents)) for x in (q, k, v)]  # each [n, heads, C]
     outputs = []
     for group in alike(documents):
-        longest = max(n for _, n in group)
+        longest = max(group)
         longest += -longest % 8  # other numbers of rows cost products up to a fifth
-        padded = [torch.stack([F.pad(next(xs), (0, 0, 0, 0, 0, longest - n)) for _, n in group]) for xs in texts]
+        padded = [torch.stack([F.pad(next(xs), (0, 0, 0, 0, 0, longest - n)) for n in group]) for xs in texts]
         attended = causal_attention(*(x.transpose(1, 2) for x in padded))  # [documents, H, longest, C]
-        cuts = [cut for _, n in group for cut in (n, longest - n)]  # split: the backward of slices would be quadratic
+        cuts = [cut for n in group for cut in (n, longest - n)]  # split: the backward of slices would be quadratic
         outputs += attended.transpose(1, 2).flatten(0, 1).split(cuts)[::2]
     return torch.cat(outputs).transpose(0, 1)[None]
 
 
 def alike(lengths):
-    """Consecutive documents of these lengths in groups [[(start, length), …], …] that lose little by being padded to
-    their longest: at most a quarter is added to attention's products."""
-    groups, start = [[]], 0
+    """The lengths of consecutive documents in groups [[length, …], …] that lose little by being padded to their
+    longest: at most a quarter is added to attention's products."""
+    groups = [[]]
     for n in lengths:
-        together = [*(length for _, length in groups[-1]), n]
+        together = [*groups[-1], n]
         if len(together) * max(together) ** 2 > 1.25 * sum(length ** 2 for length in together):
             groups.append([])
-        groups[-1].append((start, n))
-        start += n
+        groups[-1].append(n)
     return groups
 
 

@@ -73,7 +73,10 @@ def one_line(error):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line like all others here; the usage is what --help is for."""
+    """argparse whose errors are one line like all others here, and which takes a flag by its whole name only."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"allow_abbrev": False, **settings})
 
     def error(self, message):
         raise InputError(message)

@@ -16,12 +16,9 @@ BERT: arXiv 1810.04805. Sentence vectors: arXiv 1908.10084. bge: arXiv 2309.0759
 
 Shapes: N texts, M tokens of a batch, D width, H heads, C channels of a head, Q queries, k neighbours.
 """
-import os
-
-# OpenMP's threads wait briefly, so that other processes run; read when torch is loaded (bench/neighbour.py)
-os.environ.update({} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ} else {"GOMP_SPINCOUNT": "1000"})
 import hashlib
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property

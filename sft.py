@@ -11,10 +11,6 @@ supervised fine-tuning; the numbers of the four stages stand in STAGES with wher
     python sft.py --stage 1 --data FILE.jsonl --dry-run                     the plan: rows, tokens, steps, memory
     python sft.py --stage 1 --data FILE.jsonl --inspect 3                   three rows as they are trained
 """
-import os
-
-# OpenMP's threads wait briefly, so that other processes run; read when torch is loaded (bench/neighbour.py)
-os.environ.update({} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ} else {"GOMP_SPINCOUNT": "1000"})
 import functools
 
 from data import collate, render_rows

@@ -19,10 +19,6 @@ peak at 18.4 GB (bench/gpu.py): a 24 GB card will do.
     python ttt.py --questions FILE.jsonl --out ANSWERS.jsonl        many; run again to go on where it stopped
     python ttt.py --chat                                            interactive
 """
-import os
-
-# OpenMP's threads wait briefly, so that other processes run; read when torch is loaded (bench/neighbour.py)
-os.environ.update({} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ} else {"GOMP_SPINCOUNT": "1000"})
 import argparse
 import contextlib
 import json

@@ -32,8 +32,7 @@ def run_each(script, args):
     results = []
     for who in args.who:
         done = subprocess.run([sys.executable, script, *sys.argv[1:], "--measure", who], stdout=subprocess.PIPE,
-                              text=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-                              | ({"GOMP_SPINCOUNT": "1000"} if who.startswith("ours") else {}))  # as our programs do
+                              text=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
         if done.returncode:
             sys.exit(f"{who}: failed")  # it has said why
         results.append(json.loads(done.stdout.splitlines()[-1]))

@@ -251,8 +251,7 @@ def measure(task, side, threads):
 def in_a_process(task, side, threads):
     out = subprocess.run([sys.executable, __file__, "--measure", task, side, "--threads", str(threads)],
                          capture_output=True, text=True, cwd=ROOT,
-                         env=os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-                         | ({"GOMP_SPINCOUNT": "1000"} if side.startswith("ours") else {}))  # as our programs set it
+                         env=os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
     last = out.stdout.strip().splitlines()[-1:] or [""]
     if out.returncode or not last[0].startswith("{"):
         raise InputError(f"{task}, {side}: {(out.stderr.strip().splitlines() or ['failed'])[-1]}")

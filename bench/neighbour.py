@@ -135,7 +135,7 @@ def in_a_process(task, setting, beside, steps):
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", type=named, metavar="NAME=VALUE,…",
-                        default=[f"OMP_NUM_THREADS={os.cpu_count()}", "GOMP_SPINCOUNT=1000"],
+                        default=[f"OMP_NUM_THREADS={os.cpu_count()}", "programs"],
                         help="environments to compare; the first is the one that the others' cost is of")
     parser.add_argument("--tasks", nargs="+", choices=list(UNITS), default=list(UNITS))
     parser.add_argument("--rounds", type=whole(1), default=5, help="measurements of each (default 5)")

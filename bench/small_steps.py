@@ -26,7 +26,7 @@ import sft
 import train
 from data import Tokenizer, collate, collate_pairs, render_pairs, render_rows
 from fast import reuse_freed_memory
-from files import run_main, whole
+from files import InputError, run_main, whole
 from model import load_model
 from parallel import World
 from rows import draw_rows, pair_of
@@ -110,6 +110,8 @@ def main():
     runs = args.runs or {"sft": ("fp32", "shipped", "nearest"), "dpo": ("shipped", "nearest")}[args.loss]
     reuse_freed_memory()
     task = {"sft": sft_task, "dpo": dpo_task}[args.loss](args, Tokenizer.from_dir(args.model))
+    if not task.trained:
+        raise InputError(f"--data {args.data}: found no row beyond those held out; expected at least one to train on")
     with tempfile.TemporaryDirectory() as folder:
         results = {how: trained(args, how, task, Path(folder)) for how in runs}
         head = f"{args.steps} steps of {args.batch_size} rows at {args.lr:g}; held out: {len(task.held)} rows"

@@ -210,3 +210,13 @@ def test_a_reader_that_leaves_is_no_error():
     pipe = '"$0" -c "$1" "$2" | head -1; echo ${PIPESTATUS[0]}'
     out = subprocess.run(["bash", "-c", pipe, sys.executable, code, ROOT], capture_output=True, text=True)
     assert out.stdout.splitlines() == ["line 0", "141"] and "Traceback" not in out.stderr
+
+
+def test_a_flag_is_taken_by_its_whole_name_only():
+    parser = files.Parser()
+    parser.add_argument("--reference-free", action="store_true")
+    parser.add_subparsers(dest="command").add_parser("build").add_argument("--data")
+    assert parser.parse_args(["--reference-free", "build", "--data", "x"]).data == "x"
+    for line in (["--reference"], ["build", "--dat", "x"]):
+        with pytest.raises(InputError, match="unrecognized"):
+            parser.parse_args(line)
