@@ -255,8 +255,9 @@ class BlockedAttention(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, q, k, v):
-        B, K = k.shape[:2]
-        ctx.shared, keep = q.shape[1] // K, any(ctx.needs_input_grad) and k.shape[2] <= KEPT_KEYS
+        (B, H, T, C), K = q.shape, k.shape[1]
+        ctx.shared, keep = H // K, any(ctx.needs_input_grad) and k.shape[2] <= KEPT_KEYS
+        heads = q.new_empty(B, T, H, C)  # before what is freed sooner, which would leave a hole in the heap
         q, k, v = rows_by_key_head(q, K), rows_by_key_head(k, K), rows_by_key_head(v, K)
         out, kept = torch.empty_like(q), []
         for rows, seen in blocks_of_queries(q, k, ctx.shared):
@@ -265,12 +266,13 @@ class BlockedAttention(torch.autograd.Function):
             if keep:
                 kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
-        return heads_from_rows(out, B, ctx.shared)
+        return heads_from_rows(out, heads)
 
     @staticmethod
     def backward(ctx, grad):
-        (q, k, v, *kept), B = ctx.saved_tensors, len(grad)
-        grad = rows_by_key_head(grad, len(k) // B)
+        (q, k, v, *kept), (B, H, T, C) = ctx.saved_tensors, grad.shape
+        K = len(k) // B
+        grad = rows_by_key_head(grad, K)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros(k.shape), torch.zeros(v.shape)  # sums in fp32
         scale = q.shape[-1] ** -0.5
         for i, (rows, seen) in enumerate(blocks_of_queries(q, k, ctx.shared)):
@@ -279,8 +281,8 @@ class BlockedAttention(torch.autograd.Function):
             d = torch._softmax_backward_data(grad[:, rows] @ v[:, :seen].mT, p, -1, p.dtype)
             grad_q[:, rows] = scaled_product(d, k[:, :seen], scale)
             grad_k[:, :seen] += scaled_product(d.mT, q[:, rows], scale)
-        return heads_from_rows(grad_q, B, ctx.shared), *(
-            heads_from_rows(x.to(q.dtype), B, 1) for x in (grad_k, grad_v))
+        return tuple(heads_from_rows(x, q.new_empty(B, len(x[0]) * K // heads, heads, C))
+                     for x, heads in ((grad_q, H), (grad_k, K), (grad_v, K)))
 
 
 def rows_by_key_head(x, K):
@@ -288,9 +290,12 @@ def rows_by_key_head(x, K):
     return x.unflatten(1, (K, -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1).contiguous()
 
 
-def heads_from_rows(x, B, shared):
-    """The way back: [B K, T shared, C] -> [B, K shared, T, C]; in memory the heads of a token lie side by side."""
-    return x.view(B, len(x) // B, -1, shared, x.shape[-1]).permute(0, 2, 1, 3, 4).flatten(2, 3).transpose(1, 2)
+def heads_from_rows(rows, heads):
+    """The way back: [B K, T heads/K, C] into heads [B, T, heads, C]; returns it as a view [B, heads, T, C]."""
+    B, T, n, C = heads.shape
+    K = len(rows) // B
+    heads.view(B, T, K, n // K, C).copy_(rows.view(B, K, T, n // K, C).transpose(1, 2))
+    return heads.transpose(1, 2)
 
 
 def blocks_of_queries(q, k, shared, size=128):
