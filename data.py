@@ -30,7 +30,7 @@ class Tokenizer:
         self.special = special  # {added token: id}: none of them comes out of text
         self.silent = silent  # the ids of those that are no part of an answer's text
         self.template = template
-        self.size = size
+        self.size = size  # one more than the largest id that text gives
 
     @classmethod
     def from_dir(cls, directory):
@@ -74,7 +74,8 @@ class Tokenizer:
             template = "llama2"  # a sentencepiece vocabulary converted to tokenizer.json
         else:
             template = None
-        return cls(encode, decode, special, silent, template, inner.get_vocab_size())
+        size = 1 + max(inner.get_vocab(with_added_tokens=False).values(), default=-1)
+        return cls(encode, decode, special, silent, template, size)
 
     @classmethod
     def from_sentencepiece(cls, path):
@@ -88,6 +89,8 @@ class Tokenizer:
         def decode(ids):  # piece by piece, because sentencepiece drops control tokens
             text, run = "", []
             for i in ids:
+                if i >= inner.vocab_size():
+                    continue  # one of the rows with which a model fills up its vocabulary
                 if inner.is_control(i):
                     text, run = text + inner.decode(run) + inner.id_to_piece(i), []
                 else:
@@ -216,6 +219,18 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
     else:
         raise InputError(NO_TEMPLATE)
     return ids, mask
+
+
+def check_vocabulary(tokenizer, vocab_size, directory):
+    """InputError where text or the chat template gives an id for which a model of `vocab_size` rows has none.
+
+    Other added tokens may lie beyond the rows, as a padding token often does: nothing here gives their ids.
+    """
+    talk = [{"role": role, "content": role} for role in ("user", "assistant")]
+    largest = max([tokenizer.size - 1, *(render_chat(tokenizer, talk)[0] if tokenizer.template else ())])
+    if largest >= vocab_size:
+        raise InputError(f"{directory}: its tokenizer gives ids up to {largest}; expected all below vocab_size, "
+                         f"{vocab_size} in config.json")
 
 
 # render_chat once more, in Jinja, for programs that read the template from a model's folder; tests compare the two.

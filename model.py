@@ -11,7 +11,8 @@ architecture: Llama 2, 3, 3.1, 3.2, SmolLM2, TinyLlama and their fine-tunes.
 Shapes: B batch, T time, S keys seen, D width, H query heads, K key-value heads, C channels of a head, V vocabulary.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,7 +21,16 @@ from torch.utils.checkpoint import checkpoint
 from fast import causal_attention, embed, gated_linear, has_fast_bf16, linear, rms_norm, rotate, token_logps
 from files import require_dir
 from rounding import copy_weights_
-from weights import check_checkpoint, checkpoint_files, checkpoint_names, read_config, read_rows, write_checkpoint
+from weights import (
+    check_checkpoint,
+    checkpoint_files,
+    checkpoint_names,
+    has_own_head,
+    print_notices,
+    read_config,
+    read_rows,
+    write_checkpoint,
+)
 
 # ----- configuration -------------------------------------------------------------------------------------------------
 
@@ -224,6 +234,19 @@ class KVCache:
 # ----- load and save -------------------------------------------------------------------------------------------------
 
 
+def open_checkpoint(directory):
+    """(the LlamaConfig, {tensor: its file}) of a folder, after both were compared; InputError names what does not fit.
+
+    The files decide, as in transformers: a model that is declared tied and has a head of its own is untied.
+    """
+    config = LlamaConfig.from_json(Path(directory) / "config.json")
+    files = checkpoint_files(directory)
+    if config.tie_word_embeddings and has_own_head(files, config):
+        config = replace(config, tie_word_embeddings=False)
+    check_checkpoint(files, config)
+    return config, files
+
+
 def load_model(directory, device="cpu", dtype=torch.bfloat16, seed=0):
     """The Llama in `directory` (Hugging Face layout), its weights in `dtype` on `device`, ready for inference.
 
@@ -232,15 +255,14 @@ def load_model(directory, device="cpu", dtype=torch.bfloat16, seed=0):
     calls fast.reuse_freed_memory() first.
     """
     directory = require_dir(directory, "a model (config.json and safetensors files)")
-    config = LlamaConfig.from_json(directory / "config.json")
-    files = checkpoint_files(directory)
-    check_checkpoint(files, config)
+    config, files = open_checkpoint(directory)
+    print_notices(directory, config)
     with torch.device("meta"):
         model = Llama(config).to(dtype)
     model.to_empty(device=device)
     model.tie_weights()
     generator = torch.Generator(device).manual_seed(seed)
-    names = checkpoint_names(config)
+    names = checkpoint_names(config, files)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             for offset, rows in read_rows(files, names[name], 0, len(parameter)):

@@ -23,10 +23,10 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import checkpoint_to_resume, checkpoints_of
-from data import CHAT_TEMPLATES, Tokenizer, show_example
+from data import CHAT_TEMPLATES, Tokenizer, check_vocabulary, show_example
 from fast import KEPT_KEYS, KEPT_LOGITS, block_of_logits, has_fast_bf16, reuse_freed_memory
 from files import DISCLAIMER, InputError, number, read_json, read_jsonl, resident, sha256, whole, write_json
-from model import LlamaConfig
+from model import LlamaConfig, open_checkpoint
 from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded_like, start
 from rows import draw_rows
 from train import epochs_of, load_checkpoint, load_training, micro_batches_of
@@ -35,6 +35,7 @@ from weights import (
     checkpoint_names,
     checkpoint_shapes,
     parameter_count,
+    print_notices,
     stop_ids_of,
     write_checkpoint,
 )
@@ -112,8 +113,10 @@ def open_run(args, name, fixed=()):
     """The Run of a program with the flags of `add_flags`; InputError for flags that are seen to be wrong."""
     reuse_freed_memory()
     world = start(args.device, args.replicate)
-    run = Run(name, args, tuple(fixed), world, LlamaConfig.from_json(Path(args.model) / "config.json"),
-              Tokenizer.from_dir(args.model))
+    run = Run(name, args, tuple(fixed), world, config_of(args), Tokenizer.from_dir(args.model))
+    check_vocabulary(run.tokenizer, run.config.vocab_size, args.model)
+    if world.rank == 0:
+        print_notices(args.model, run.config)
     if args.max_length > run.config.max_position_embeddings:
         raise InputError(f"--max-length {args.max_length}: found more than the model's context of "
                          f"{run.config.max_position_embeddings} tokens, expected at most that")
@@ -122,6 +125,14 @@ def open_run(args, name, fixed=()):
                          "another folder")
     args.micro_tokens = args.micro_tokens or default_budget(world)
     return run
+
+
+def config_of(args):
+    """The LlamaConfig of --model, compared with its weights; a plan and a look at the rows need no weights."""
+    folder = Path(args.model)
+    if (args.dry_run or args.inspect) and not any(folder.glob("*.safetensors")):
+        return LlamaConfig.from_json(folder / "config.json")
+    return open_checkpoint(folder)[0]
 
 
 def default_budget(world):

@@ -34,11 +34,11 @@ from checkpoints import load_tensors, save_tensors
 from data import split_step, steps_of_epochs
 from fast import Threads, return_freed_memory
 from files import InputError, read_jsonl, resident, written_aside
-from model import Llama, LlamaConfig
+from model import Llama, open_checkpoint
 from parallel import World, all_sum, first_row, local, shard, sharded_like
 from rounding import slices, stochastic_rounder
 from rows import random_number
-from weights import check_checkpoint, checkpoint_files, checkpoint_names, parameter_count, read_rows
+from weights import checkpoint_names, parameter_count, read_rows
 
 # ----- state ---------------------------------------------------------------------------------------------------------
 
@@ -60,9 +60,8 @@ class Training:
 
 def load_training(directory, world, *, dtype=torch.bfloat16, weight_decay=0.01, checkpoint_above=math.inf, seed=42):
     """The Training that begins from the model in `directory`. No rank ever holds the whole: each reads its own rows."""
-    config = LlamaConfig.from_json(Path(directory) / "config.json")
-    files, names = checkpoint_files(directory), checkpoint_names(config)
-    check_checkpoint(files, config)
+    config, files = open_checkpoint(directory)
+    names = checkpoint_names(config, files)
     with torch.device("meta"):  # without memory until it is cut
         model = Llama(config).to(dtype)
     shard(model, world)

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Tokenizer, check_unicode, render_chat, stream_text, training_example
+from data import Tokenizer, check_unicode, check_vocabulary, render_chat, stream_text, training_example
 from fast import Threads, reuse_freed_memory
 from files import (
     DISCLAIMER,
@@ -47,7 +47,7 @@ from files import (
     whole,
 )
 from generate import generate
-from model import load_model
+from model import LlamaConfig, load_model
 from parallel import pick_device
 from retrieve import Encoder, Index
 from rounding import slices, stochastic_rounder
@@ -249,6 +249,8 @@ class Answerer:
             self.encoder = Encoder.from_dir(settings["encoder"] or self.index.encoder_dir, device)
             self.index.check_encoder(self.encoder)
         self.tokenizer = Tokenizer.from_dir(settings["model"])
+        config = LlamaConfig.from_json(Path(settings["model"]) / "config.json")
+        check_vocabulary(self.tokenizer, config.vocab_size, settings["model"])
         self.stop_ids = stop_ids_of(settings["model"]) | {self.tokenizer.end_of_turn()}
         self.model = load_model(settings["model"], device, DTYPES[settings["dtype"]])  # last: it may take minutes
         self.load_s = time.perf_counter() - start

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,12 +24,20 @@ from files import InputError, one_line, read_json, require_dir, written_aside
 from rounding import copy_weights_
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by their names on the command line
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+STORED_DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}  # others are codes that need a table or a scale
 
 # ----- config.json ---------------------------------------------------------------------------------------------------
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_SCALING}
+# settings that other programs obey in a config of the Llama architecture, and that this code has no part for
+ABSENT = ("attention_bias", "mlp_bias", "rope_interleaved", "quantization_config", "compression_config",
+          "attention_chunk_size", "per_layer_config", "transformers_weights")
+NEUTRAL = {"partial_rotary_factor": 1, "logit_scale": 1, "is_causal": True}  # each with the value that changes nothing
 
 
 def read_config(path):
@@ -43,8 +52,10 @@ def read_config(path):
             raise InputError(f"{path}: {key} is {json.dumps(raw.get(key))}; expected {expected}")
     check(raw.get("model_type") == "llama", "model_type", '"llama": only Llama-architecture models run here')
     check(raw.get("hidden_act", "silu") == "silu", "hidden_act", '"silu"')
-    for key in ("attention_bias", "mlp_bias", "rope_interleaved", "quantization_config"):
+    for key in ABSENT:
         check(not raw.get(key), key, "none: this model has no such part")
+    for key, neutral in NEUTRAL.items():
+        check(raw.get(key) in (None, neutral), key, json.dumps(neutral))
     heads = raw.get("num_attention_heads")
     kv_heads = raw.get("num_key_value_heads") or heads  # absent before Llama 2 70B
     defaults = {"num_key_value_heads": kv_heads, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
@@ -58,16 +69,41 @@ def read_config(path):
     check(heads % values["num_key_value_heads"] == 0, "num_key_value_heads", f"a divisor of {heads} heads")
     values.setdefault("head_dim", values["hidden_size"] // heads)
     check(values["head_dim"] % 2 == 0, "head_dim", "an even number")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 writes rope_parameters
-    check(isinstance(rope, dict), "rope_scaling", "a JSON object")
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    check(isinstance(theta, (int, float)) and theta > 0, "rope_theta", "a number above 0")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    check(kind in ("default", "llama3"), "rope_scaling", 'rope_type "default" or "llama3"')
-    scaling = {key: rope.get(key) for key in ROPE_SCALING} if kind == "llama3" else None
-    check(not scaling or all(isinstance(value, (int, float)) and value > 0 for value in scaling.values()),
-          "rope_scaling", f"the numbers {', '.join(ROPE_SCALING)}")
-    return values | {"rope_theta": float(theta), "rope_scaling": scaling}
+    longest, window, layers = values["max_position_embeddings"], raw.get("sliding_window"), raw.get("layer_types") or []
+    check(not window or raw.get("use_sliding_window") is False or (type(window) is int and window >= longest),
+          "sliding_window", "none: a position sees all before it")
+    check(isinstance(layers, list) and all(one == "full_attention" for one in layers), "layer_types",
+          '"full_attention" in every layer')
+    return values | rotation_of(raw, longest, check)
+
+
+def rotation_of(raw, longest, check):
+    """rope_theta and rope_scaling as transformers finds them in a config.json of `longest` positions.
+
+    rope_scaling goes before rope_parameters (transformers 5's name), a rope_theta inside the one taken before that at
+    top level, and original_max_position_embeddings at top level before the one inside.
+    """
+    def is_number(value):
+        return type(value) in (int, float) and value > 0
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    given = raw.get(name) or {}
+    check(isinstance(given, dict), name, "a JSON object")
+    kind = given.get("rope_type", given.get("type", "default"))
+    check(kind in ("default", "llama3"), name, 'rope_type "default" or "llama3": no other rope_scaling runs here')
+    unknown = {key for key, value in given.items() if value is not None} - ROPE_KEYS
+    check(not unknown, name, f"no {listed(unknown)}")
+    check(given.get("partial_rotary_factor") in (None, 1), name, "a partial_rotary_factor of 1")
+    theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
+    check(is_number(theta), name if "rope_theta" in given else "rope_theta", "a rope_theta above 0")
+    if kind == "default":
+        return {"rope_theta": float(theta), "rope_scaling": None}
+    beside = raw.get("original_max_position_embeddings")
+    scaling = {"original_max_position_embeddings": longest} | {key: given[key] for key in ROPE_SCALING if key in given}
+    scaling |= {} if beside is None else {"original_max_position_embeddings": beside}
+    check(len(scaling) == 4 and all(map(is_number, scaling.values())), name,
+          f"a rope_scaling of the numbers {', '.join(ROPE_SCALING)}")
+    check(scaling["low_freq_factor"] < scaling["high_freq_factor"], name, "a low_freq_factor below high_freq_factor")
+    return {"rope_theta": float(theta), "rope_scaling": scaling}
 
 
 def config_json(config):
@@ -90,12 +126,35 @@ def stop_ids_of(directory):
             return set(ids)
     return set()
 
+
+def print_notices(directory, config):
+    """One line on stderr for each contradiction in a model's folder, and which side `config` took: transformers'."""
+    directory = Path(directory)
+    raw, notices = read_json(directory / "config.json"), []
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    taken = {"rope_theta": config.rope_theta, **(asdict(config.rope_scaling) if config.rope_scaling else {})}
+    if (directory / WHOLE).is_file() and (directory / INDEX).is_file():
+        notices.append(f"found {WHOLE} and {INDEX}; reads the former")
+    if raw.get("tie_word_embeddings") and not config.tie_word_embeddings:
+        notices.append("found tie_word_embeddings true and an lm_head.weight other than the embedding; keeps both")
+    if raw.get("rope_parameters") and raw["rope_parameters"] != given:
+        notices.append("found a rope_scaling and other rope_parameters; takes the former")
+    for key in ("rope_theta", "original_max_position_embeddings"):
+        if key in taken and None not in (raw.get(key), given.get(key)) and raw[key] != given[key]:
+            notices.append(f"found {key} {raw[key]} at top level and {given[key]} inside; takes {taken[key]:g}")
+    for notice in notices:
+        print(f"notice: {directory}: {notice}, as transformers does", file=sys.stderr)
+
 # ----- names and shapes ----------------------------------------------------------------------------------------------
 
 
-def checkpoint_names(config):
-    """{our parameter: the Hugging Face tensors that are its rows, one below the other}."""
-    names = {"embed.weight": ["model.embed_tokens.weight"]}
+def checkpoint_names(config, files=()):
+    """{our parameter: the Hugging Face tensors that are its rows, one below the other}.
+
+    With `files` (of `checkpoint_files`) a tied matrix goes by the name that it is stored under, if need be the head's.
+    """
+    alone = config.tie_word_embeddings and HEAD in files and EMBEDDING not in files
+    names = {"embed.weight": [HEAD if alone else EMBEDDING]}
     for i in range(config.num_hidden_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         names |= {
@@ -107,11 +166,11 @@ def checkpoint_names(config):
             f"{ours}.mlp.down.weight": [f"{theirs}.mlp.down_proj.weight"]}
     names["norm.weight"] = ["model.norm.weight"]
     if not config.tie_word_embeddings:
-        names["head.weight"] = ["lm_head.weight"]
+        names["head.weight"] = [HEAD]
     return names
 
 
-def checkpoint_shapes(config):
+def checkpoint_shapes(config, files=()):
     """{Hugging Face tensor: its shape} of a model of this config, in the order of `checkpoint_names`."""
     width, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
@@ -120,7 +179,7 @@ def checkpoint_shapes(config):
                 "down_proj": (width, inner), "embed_tokens": (vocabulary, width), "lm_head": (vocabulary, width)}
     # every other tensor is the weight of a norm
     return {name: shape_of.get(name.split(".")[-2], (width,))
-            for stacked in checkpoint_names(config).values() for name in stacked}
+            for stacked in checkpoint_names(config, files).values() for name in stacked}
 
 
 def parameter_count(config):
@@ -141,30 +200,39 @@ def open_safetensors(path):
 
 
 def checkpoint_files(directory):
-    """{tensor name: the safetensors file that holds it} of a folder with one file or with shards and their index."""
+    """{tensor name: the safetensors file that holds it} of a folder with one file or with shards and their index.
+
+    One whole file goes before shards, as in transformers: the index beside it is left from an earlier saving.
+    """
     directory = require_dir(directory, "a model (config.json and safetensors files)")
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise InputError(f"{index}: no weight_map; expected tensor names mapped to file names")
-        paths = {name: directory / file for name, file in weight_map.items()}
-        for path in set(paths.values()):
-            if "\0" in str(path) or path.parent.resolve() != directory.resolve() or path.name in ("", ".", ".."):
-                raise InputError(f"{index}: names the file {str(path)!r}; expected files of its own folder only")
-            if not path.is_file():
-                raise InputError(f"{path}: no such file; {index.name} expects it")
-        for path in set(paths.values()):
-            with open_safetensors(path) as file:
-                absent = {name for name, holder in paths.items() if holder == path} - set(file.keys())
-            if absent:
-                raise InputError(f"{path}: {listed(absent)} missing; {index.name} expects them there")
-        return paths
-    path = directory / "model.safetensors"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected model.safetensors or model.safetensors.index.json")
-    with open_safetensors(path) as file:
-        return dict.fromkeys(file.keys(), path)
+    adapter, whole, index = (directory / name for name in ("adapter_config.json", WHOLE, INDEX))
+    if adapter.is_file():
+        raise InputError(f"{adapter}: found an adapter beside the weights; expected it merged into them")
+    if whole.is_file():
+        with open_safetensors(whole) as file:
+            return dict.fromkeys(file.keys(), whole)
+    if not index.is_file():
+        raise InputError(f"{whole}: no such file; expected {WHOLE} or {INDEX}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: no weight_map; expected tensor names mapped to file names")
+    paths = {name: directory / file for name, file in weight_map.items()}
+    shards = sorted(set(paths.values()))
+    for path in shards:
+        if "\0" in str(path) or path.parent.resolve() != directory.resolve() or path.name in ("", ".", ".."):
+            raise InputError(f"{index}: names the file {str(path)!r}; expected files of its own folder only")
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; {index.name} expects it")
+    for path in shards:
+        with open_safetensors(path) as file:
+            held = set(file.keys())
+        absent = {name for name, holder in paths.items() if holder == path} - held
+        if absent:
+            raise InputError(f"{path}: {listed(absent)} missing; {index.name} expects them there")
+        twice = {name for name in held if paths.setdefault(name, path) != path}  # a tensor need not be in the index
+        if twice:
+            raise InputError(f"{path}: found {listed(twice)}, of which another file has one; expected it in one file")
+    return paths
 
 
 def listed(names, most=5):
@@ -173,22 +241,36 @@ def listed(names, most=5):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def has_own_head(files, config):
+    """Whether the files hold an lm_head.weight other than the embedding; their numbers are compared piece by piece."""
+    if not {EMBEDDING, HEAD} <= set(files):
+        return False
+    for name in (EMBEDDING, HEAD):
+        with open_safetensors(files[name]) as file:
+            if file.get_slice(name).get_shape() != [config.vocab_size, config.hidden_size]:
+                return True  # `check_checkpoint` says which it is
+    pieces = (read_rows(files, [name], 0, config.vocab_size) for name in (EMBEDDING, HEAD))
+    return not all(torch.equal(one.double(), other.double()) for (_, one), (_, other) in zip(*pieces))
+
+
 def check_checkpoint(files, config):
     """Compares every name and shape with what the config asks for; InputError lists what is missing or extra."""
-    expected = checkpoint_shapes(config)
+    expected = checkpoint_shapes(config, files)
     folder = next(iter(files.values())).parent if files else "checkpoint"
     extra = {name for name in set(files) - set(expected) if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
-        extra.discard("lm_head.weight")  # the same tensor stored twice, as some tools do
+        extra.discard(HEAD)  # the same tensor stored twice, as some tools do: see `has_own_head`
     faults = [f"{what} {listed(names)}" for what, names in
               (("missing", set(expected) - set(files)), ("not expected", extra)) if names]
     for path in sorted(set(files.values())):
         with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 (a safe_open file is no dict)
                 if name in expected and files.get(name) == path:
-                    shape = tuple(file.get_slice(name).get_shape())
-                    if shape != expected[name]:
-                        faults.append(f"{name} is {list(shape)}, expected {list(expected[name])}")
+                    stored = file.get_slice(name)
+                    if tuple(stored.get_shape()) != expected[name]:
+                        faults.append(f"{name} is {stored.get_shape()}, expected {list(expected[name])}")
+                    if stored.get_dtype() not in STORED_DTYPES:
+                        faults.append(f"{name} is stored as {stored.get_dtype()}, expected a floating-point type")
     if faults:
         raise InputError(f"{folder}: the tensors do not fit config.json: {'; '.join(faults[:5])}")
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 import model as M
@@ -87,6 +88,26 @@ def tiny_folder(tmp_path_factory):
     """The folder of a tiny random model with tied weights, stored in fp32."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     M.save_model(M.Llama(RUN_CONFIG).init_weights(1), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def too_few_rows(smollm2, tmp_path_factory):
+    """The folder of a tiny random model of 49,151 rows with a tokenizer of 49,152 ids."""
+    folder = tmp_path_factory.mktemp("too_few_rows") / "model"
+    config = replace(CONFIG, vocab_size=49151, hidden_size=8, max_position_embeddings=8192, tie_word_embeddings=True)
+    M.save_model(M.Llama(config).init_weights(3).to(torch.bfloat16), folder, source=smollm2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def declared_tied(base, tmp_path_factory):
+    """The folder of `base` with a head of other numbers than the embedding's beside it, still declared tied."""
+    folder = tmp_path_factory.mktemp("declared_tied") / "model"
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 # ----- models, rows and files for training ---------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import tokenizers
 import transformers
 from conftest import ROOT
 
-from data import Tokenizer, render_chat, stream_text, training_example
+from data import Tokenizer, check_vocabulary, render_chat, stream_text, training_example
 from files import InputError
 from rows import messages_of, question_of
 
@@ -193,6 +193,35 @@ def test_streaming_leaves_control_tokens_out_and_shows_a_cut_character(chatml):
     assert "".join(stream_text(ours, [1, *ids, 2])) == "ok: 𝄞"
     assert "".join(stream_text(ours, ids[:-1])) == ours.decode(ids[:-1]) != "ok: 𝄞"
     assert list(stream_text(ours, [])) == []
+
+
+def test_a_padded_row_of_the_model_has_no_text(llama2, chatml):
+    """A model has rows that no token names, to fill up its vocabulary, and may sample one."""
+    for ours in (llama2[0], chatml[0]):
+        ids = ours.encode("two lines")
+        padded = [50_000, *ids[:2], 49_999, *ids[2:], 50_000]
+        assert ours.decode(padded) == "".join(stream_text(ours, padded)) == "two lines"
+
+# ----- the vocabulary of the model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocabulary, size", [("chatml", 49152), ("llama31", 128010), ("llama2", 480)])
+def test_every_id_that_text_or_template_gives_has_a_row(vocabulary, size, request):
+    """Llama 3.1's template goes up to <|eot_id|>, 128009; nothing gives the reserved tokens above it."""
+    ours, _ = request.getfixturevalue(vocabulary)
+    check_vocabulary(ours, size, "folder")
+    with pytest.raises(InputError, match=f"folder: its tokenizer gives ids up to {size - 1}; .* {size - 1} in config"):
+        check_vocabulary(ours, size - 1, "folder")
+
+
+def test_a_token_beyond_the_rows_is_a_fault_if_the_template_gives_it(tmp_path):
+    """Two letters are 0 and 1, ChatML's control tokens 2 and 3, and a padding token 4, which nothing here gives."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>", "[PAD]"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    check_vocabulary(Tokenizer.from_dir(tmp_path), 4, "folder")
+    with pytest.raises(InputError, match=r"ids up to 3; .* vocab_size, 3"):
+        check_vocabulary(Tokenizer.from_dir(tmp_path), 3, "folder")
 
 
 @pytest.mark.parametrize("vocabulary", ["chatml", "llama31", "llama2"])

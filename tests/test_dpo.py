@@ -487,6 +487,11 @@ def test_wrong_input_is_one_line(base, pairs_file, tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(too_few_rows, pairs_file, tmp_path):
+    with pytest.raises(InputError, match=r"its tokenizer gives ids up to 49151; .* vocab_size, 49151"):
+        dpo.main(arguments(too_few_rows, pairs_file, tmp_path / "out", "--dry-run"))
+
+
 def test_an_earlier_run_is_resumed_with_the_same_settings_only(base, pairs_file, trained):
     argv = arguments(base, pairs_file, trained, *TWO_EPOCHS)
     done = command(*argv)

@@ -3,9 +3,12 @@
 Its flags, its plan and its resumed runs are tested as a user meets them, in test_sft.py and test_dpo.py.
 """
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 from safetensors.torch import load_file
 
@@ -13,8 +16,9 @@ import model as M
 import run
 import train
 from data import Tokenizer
+from files import InputError
 from parallel import World
-from weights import checkpoint_names, stop_ids_of
+from weights import checkpoint_names, parameter_count, stop_ids_of
 
 # ----- the exported model --------------------------------------------------------------------------------------------
 
@@ -60,6 +64,31 @@ def test_an_export_has_the_masters_and_ends_its_turns(base, tmp_path, monkeypatc
     assert "<|im_start|>" in (tmp_path / "model/chat_template.jinja").read_text()
     assert (tmp_path / "model/README.md").read_text() == "a card"
     assert (tmp_path / "model/NOTICE").exists() is llama
+
+def test_a_head_of_its_own_outlives_training(declared_tied, tmp_path):
+    """The logits of the model that was declared tied are those of its export, both as transformers loads them."""
+    training = train.load_training(declared_tied, World(0, 1, torch.device("cpu")))
+    run.export_model(training, tmp_path / "model", source=declared_tied, dtype=torch.float32, card="")
+    one, other = (transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.arange(9)[None])
+                  for folder in (declared_tied, tmp_path / "model"))
+    assert torch.equal(one.logits, other.logits)
+
+# ----- the model of a plan -------------------------------------------------------------------------------------------
+
+
+def test_a_plan_counts_a_head_of_its_own(declared_tied):
+    """49,152 rows of 32 for the embedding, as many for the head, and two layers of 18,496."""
+    args = SimpleNamespace(model=declared_tied, dry_run=True, inspect=None)
+    assert parameter_count(run.config_of(args)) == 2 * 49152 * 32 + 2 * (2 * 32 + (64 + 32 + 32 + 64) * 32
+                                                                         + 3 * 96 * 32) + 32
+
+
+def test_a_plan_needs_no_weights(base, tmp_path):
+    (tmp_path / "config.json").symlink_to(base / "config.json")
+    for dry_run in (True, False):
+        args = SimpleNamespace(model=tmp_path, dry_run=dry_run, inspect=None)
+        with nullcontext() if dry_run else pytest.raises(InputError, match="no such file; expected model"):
+            assert run.config_of(args) == M.LlamaConfig.from_json(base / "config.json")
 
 # ----- memory --------------------------------------------------------------------------------------------------------
 

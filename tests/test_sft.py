@@ -19,6 +19,7 @@ import model as M
 import sft
 from checkpoints import checkpoints_of
 from data import Tokenizer, collate, render_chat
+from files import InputError
 from sft import loss_fn, sft_loss
 from weights import checkpoint_names
 
@@ -224,6 +225,12 @@ def test_wrong_input_ends_in_one_line_and_status_2(base, rows_file, tmp_path, ch
     done = command(*arguments(base, rows_file, tmp_path / "out", *[str(bad) if x == "BAD" else x for x in change]))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [("--dry-run",), ()])
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(too_few_rows, rows_file, tmp_path, more):
+    with pytest.raises(InputError, match=r"its tokenizer gives ids up to 49151; .* vocab_size, 49151"):
+        sft.main(arguments(too_few_rows, rows_file, tmp_path / "out", *more))
 
 
 def test_bad_rows_can_be_skipped_and_gz_is_read(base, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import RUN_CONFIG
 from ranks import BATCH, ROWS, batches_for, begin, equal, examples, losses_in, run_ranks, state_of, whole_tensors
+from safetensors.torch import load_file
 
 import train
 from checkpoints import checkpoint_to_resume, checkpoints_of, fault_of
@@ -112,6 +113,20 @@ def test_a_rank_without_rows_takes_part(tmp_path):
     save_model(Llama(replace(RUN_CONFIG, tie_word_embeddings=False)).init_weights(1), tmp_path / "untied")
     one, two = (run_ranks(world, one_row_gradients, tmp_path / "untied")[0] for world in (1, 2))
     assert all(np.abs(one[name] - two[name]).max() <= 1e-6 * max(1, np.abs(one[name]).max()) for name in one)
+
+def masters_of(folder):
+    world, training = begin(folder)
+    found = whole_tensors(training, training.masters)
+    stop(world)
+    return found
+
+
+def test_a_head_of_its_own_is_sharded_like_any_other_weight(declared_tied):
+    """Also where config.json declares it tied."""
+    stored = load_file(declared_tied / "model.safetensors")
+    for found in run_ranks(2, masters_of, declared_tied):
+        for ours, theirs in (("embed.weight", "model.embed_tokens.weight"), ("head.weight", "lm_head.weight")):
+            assert np.array_equal(found[ours], stored[theirs].float().numpy())
 
 # ----- resuming ------------------------------------------------------------------------------------------------------
 

@@ -303,6 +303,11 @@ def test_ids_that_faiss_did_not_find_are_no_neighbours(toy, monkeypatch):
     assert [neighbour["id"] for neighbour in answerer.answer("Q?")["neighbours"]] == [3]
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(toy, too_few_rows):
+    with pytest.raises(InputError, match=r"its tokenizer gives ids up to 49151; .* vocab_size, 49151"):
+        ttt.Answerer(settings(toy, model=str(too_few_rows), ttt=False))
+
+
 def test_a_trace_is_cut_at_the_models_context(toy):
     answerer = ttt.Answerer(settings(toy))
     answerer.model.config = replace(answerer.model.config, max_position_embeddings=90)
