@@ -53,7 +53,7 @@ from files import (
 from generate import generate
 from model import load_model
 from parallel import pick_device
-from retrieve import Encoder, Index
+from retrieve import Index
 from rounding import slices, stochastic_rounder
 from rows import messages_of, question_of
 from snapshot import Snapshot, place_for_snapshot, put_back, remove_hooks
@@ -250,8 +250,7 @@ class Answerer:
         self.index = self.encoder = None
         if settings["ttt"]:
             self.index = Index.load(settings["index"])
-            self.encoder = Encoder.from_dir(settings["encoder"] or self.index.encoder_dir, device)
-            self.index.check_encoder(self.encoder)
+            self.encoder = self.index.load_encoder(settings["encoder"], device)
         self.tokenizer = Tokenizer.from_dir(settings["model"])
         self.stop_ids = stop_ids_of(settings["model"]) | {self.tokenizer.end_of_turn()}
         self.model = load_model(settings["model"], device, DTYPES[settings["dtype"]])  # last: it may take minutes
