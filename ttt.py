@@ -49,7 +49,7 @@ from files import (
 from generate import generate
 from model import LlamaConfig, load_model
 from parallel import pick_device
-from retrieve import Encoder, Index
+from retrieve import Index
 from rounding import slices, stochastic_rounder
 from rows import messages_of, question_of
 from snapshot import Snapshot, place_for_snapshot, put_back, remove_hooks
@@ -246,8 +246,7 @@ class Answerer:
         self.index = self.encoder = None
         if settings["ttt"]:
             self.index = Index.load(settings["index"])
-            self.encoder = Encoder.from_dir(settings["encoder"] or self.index.encoder_dir, device)
-            self.index.check_encoder(self.encoder)
+            self.encoder = self.index.load_encoder(settings["encoder"], device)
         self.tokenizer = Tokenizer.from_dir(settings["model"])
         config = LlamaConfig.from_json(Path(settings["model"]) / "config.json")
         check_vocabulary(self.tokenizer, config.vocab_size, settings["model"])

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "run": {"train"},
     "sft": {"run"},
     "dpo": {"run"},
-    "retrieve": {"data", "parallel", "weights"},
+    "encoder": {"data", "parallel", "weights"},
+    "retrieve": {"encoder"},
     "ttt": {"generate", "data", "retrieve", "snapshot"},
 }
 DEPENDENCIES = {"torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "faiss", "tqdm"}  # by import name

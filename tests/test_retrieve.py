@@ -1,38 +1,20 @@
-"""retrieve.py against sentence-transformers, transformers and numpy; then what it refuses."""
+"""retrieve.py against numpy and sentence-transformers; then what it refuses."""
 import json
 import os
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from conftest import ROOT, random_texts, tiny_encoder, write_json
 from safetensors.numpy import save_file
-from safetensors.torch import load_file
-from safetensors.torch import save_file as save_torch
 
 import retrieve
+from encoder import Encoder
 from files import InputError, run_main, sha256
-from retrieve import BGE_QUERY_INSTRUCTION, Encoder, Index, encode_in_parallel, main, manifest_sha256, plan_batches
-
-
-def reference(model, directory, batch, pooling, max_tokens):
-    """transformers' BertModel on a padded and masked batch -> float32 [N, D], rows of length 1."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.enable_truncation(max_tokens)
-    tokenizer.enable_padding()
-    encodings = tokenizer.encode_batch([text.lower() for text in batch])
-    ids = torch.tensor([encoding.ids for encoding in encodings])
-    mask = torch.tensor([encoding.attention_mask for encoding in encodings])
-    with torch.no_grad():
-        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    mask = mask[:, :, None].float()
-    pooled = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
-    return torch.nn.functional.normalize(pooled, dim=1).numpy()
+from retrieve import Index, encode_in_parallel, main, manifest_sha256
 
 
 @pytest.fixture(autouse=True)
@@ -68,166 +50,6 @@ def reseal(directory, **changes):
     manifest |= changes
     manifest["sha256"] = manifest_sha256(manifest)
     write_json(directory / "manifest.json", manifest)
-
-
-# ----- vectors -------------------------------------------------------------------------------------------------------
-
-def test_minilm_gives_the_vectors_of_sentence_transformers(minilm):
-    st = pytest.importorskip("sentence_transformers")
-    theirs, ours = st.SentenceTransformer(str(minilm), device="cpu"), Encoder.from_dir(minilm)
-    odd = ["", " ", "a", ".", "\t\n", "肺炎的症状是什么?", "🫁 emoji 👩‍⚕️ 😷", "Zoë naïve façade İstanbul ΣΊΣΥΦΟΣ",
-           "ما هو الربو؟", "x" * 300, "e\u0301 \u200b\u00a0 control\x07 \ufffd", "C₂₁H₃₀O₅ µg/mL ≥ 37.5 °C",
-           "pain " * 700, "胸痛" * 400, *(f"case {i}: " + "the patient has a fever. " * i for i in range(1, 100, 9))]
-    batch = odd + random_texts(200 - len(odd), longest=16)
-    assert ours.max_tokens == theirs.max_seq_length == 256 and len(batch) == 200
-    expected = theirs.encode(batch, normalize_embeddings=True, show_progress_bar=False)
-    found = ours.encode(batch)
-    assert found.dtype == np.float32 and found.shape == (200, 384)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-    assert (found * expected).sum(1).min() >= 0.99999
-
-
-@pytest.mark.parametrize("pooling, prefix", [("cls", ""), ("mean", "bert."), ("mean", "")])
-def test_a_random_bert_gives_the_vectors_of_transformers(tmp_path, pooling, prefix):
-    directory, model = tiny_encoder(tmp_path / "encoder", pooling, prefix, seed=3, lower_case=False)
-    batch = ["", "FEVER", *random_texts(40, seed=1)]
-    found = Encoder.from_dir(directory, batch_tokens=100).encode(batch)
-    np.testing.assert_allclose(found, reference(model, directory, batch, pooling, 40), atol=1e-5)
-
-
-def test_the_new_pooling_file_reads_the_same(tmp_path):
-    directory, _ = tiny_encoder(tmp_path / "encoder", "mean")
-    before = Encoder.from_dir(directory).encode(["asthma drug"])
-    write_json(directory / "1_Pooling" / "config.json", {"embedding_dimension": 48, "pooling_mode": "mean"})
-    assert (Encoder.from_dir(directory).encode(["asthma drug"]) == before).all()
-
-
-def test_with_and_without_onednn_the_vectors_are_the_same(tiny, monkeypatch):
-    batch = random_texts(30, seed=6)
-    found = tiny.encode(batch)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    np.testing.assert_allclose(tiny.encode(batch), found, atol=1e-6)
-
-
-@pytest.mark.parametrize("limit, expected", [(12, 12), (500, 64), (None, 64)])
-def test_texts_are_cut_to_what_the_model_allows(tmp_path, limit, expected):
-    encoder = Encoder.from_dir(tiny_encoder(tmp_path / "encoder", max_seq_length=limit)[0])
-    ids = encoder.token_ids(["pain " * 100])[0]
-    assert len(ids) == expected and ids[0] == 2 and ids[-1] == 3
-
-
-def test_a_text_does_not_see_its_neighbours(tiny):
-    batch = random_texts(25, seed=2)
-    together = tiny.encode(batch)
-    np.testing.assert_allclose(np.concatenate([tiny.encode([text]) for text in batch]), together, atol=1e-6)
-    np.testing.assert_allclose(tiny.encode(batch[::-1])[::-1], together, atol=1e-6)
-    assert tiny.encode([]).shape == (0, 48)
-
-
-def test_every_row_is_in_one_batch_and_no_batch_is_too_large():
-    lengths = np.random.default_rng(0).integers(2, 60, 200).tolist()
-    batches = plan_batches([*lengths, 500], 128)
-    assert sorted(row for batch in batches for row in batch) == list(range(201)) and batches[0] == [200]
-    assert all(sum(lengths[row] for row in batch) <= 128 for batch in batches[1:])
-
-
-def test_more_texts_than_are_tokenised_at_once(tiny):
-    vectors = tiny.encode(["pain"] * 8192 + ["fever"])
-    assert (vectors[:-1] == vectors[0]).all() and (vectors[-1] == tiny.encode(["fever"])[0]).all()
-
-
-def test_threads_share_the_work_and_are_left_as_they_were(tiny):
-    batch = random_texts(200, seed=4)
-    alone = tiny.encode(batch)
-    torch.set_num_threads(2)
-    np.testing.assert_allclose(tiny.encode(batch), alone, atol=1e-6)
-    with ThreadPoolExecutor(1) as pool:  # a new thread takes over the last setting, whoever made it
-        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == 2
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-
-
-def test_the_instruction_stands_in_front_of_queries_only(tiny, tmp_path):
-    assert tiny.query_instruction == BGE_QUERY_INSTRUCTION  # the folder is called bge-tiny-en
-    question = ["which drug for asthma"]
-    assert (tiny.encode(question, is_query=True) == tiny.encode([BGE_QUERY_INSTRUCTION + question[0]])).all()
-    assert not np.allclose(tiny.encode(question, is_query=True), tiny.encode(question), atol=1e-3)
-    other = Encoder.from_dir(tiny_encoder(tmp_path / "minilm")[0])
-    assert other.query_instruction == "" and (other.encode(question, is_query=True) == other.encode(question)).all()
-    custom = Encoder.from_dir(tmp_path / "minilm", query_instruction="pain ")
-    assert (custom.encode(question, is_query=True) == other.encode(["pain " + question[0]])).all()
-
-
-def test_control_tokens_typed_in_a_text_are_text(tiny):
-    ids = tiny.token_ids(["pain [SEP] [CLS] fever[PAD]"])[0]
-    assert ids[0] == 2 and ids[-1] == 3 and not {0, 2, 3} & set(ids[1:-1].tolist())
-
-
-def test_half_a_character_is_refused(tiny):
-    with pytest.raises(InputError, match="half a character"):
-        tiny.encode(["pain", "\ud800 fever"])
-
-
-# ----- what is no encoder --------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("file, change, message", [
-    ("config.json", {"model_type": "roberta"}, "model_type is 'roberta'"),
-    ("config.json", {"model_type": None}, "model_type is None"),
-    ("config.json", {"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
-    ("config.json", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
-    ("config.json", {"num_attention_heads": 5}, "num_attention_heads"),
-    ("config.json", {"hidden_size": "48"}, "hidden_size is '48'"),
-    ("config.json", {"vocab_size": 3}, "ids below vocab_size 3"),
-    ("config.json", {"num_hidden_layers": 3}, "16 tensors do not fit"),
-    ("config.json", {"intermediate_size": 79}, r"expected \[79, 48\]"),
-    ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pools by"),
-    ("1_Pooling/config.json", {"pooling_mode_cls_token": False, "pooling_mode": "lasttoken"}, "lasttoken"),
-    ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt False"),
-    ("sentence_bert_config.json", {"max_seq_length": "long"}, "max_seq_length is 'long'")])
-def test_other_models_are_refused(tmp_path, file, change, message):
-    path = tiny_encoder(tmp_path / "encoder")[0] / file
-    write_json(path, json.loads(path.read_text()) | change)
-    with pytest.raises(InputError, match=message) as error:
-        Encoder.from_dir(tmp_path / "encoder")
-    assert "\n" not in str(error.value)
-
-
-def test_other_modules_are_refused(tmp_path):
-    directory, _ = tiny_encoder(tmp_path / "encoder")
-    modules = json.loads((directory / "modules.json").read_text())
-    first, pooling = modules[:2]
-    for wrong in ([*modules, {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}], [first], [],
-                  [first, pooling | {"path": "../1_Pooling"}], [first | {"path": "0_Transformer"}, pooling]):
-        write_json(directory / "modules.json", wrong)
-        with pytest.raises(InputError, match="modules"):
-            Encoder.from_dir(directory)
-
-
-def test_damaged_weights_and_files_are_refused(tmp_path):
-    directory, _ = tiny_encoder(tmp_path / "encoder")
-    path = directory / "model.safetensors"
-    whole, weights = path.read_bytes(), load_file(path)
-    name = "encoder.layer.0.output.dense.weight"
-    for wrong, message in (({}, "37 tensors do not fit"), ({**weights, "head.weight": torch.ones(2)}, "head.weight"),
-                           ({key: value for key, value in weights.items() if key != name}, f"{name} is missing"),
-                           ({**weights, name: weights[name].T.contiguous()}, r"is \[80, 48\] .expected \[48, 80\]")):
-        save_torch(wrong, path)
-        with pytest.raises(InputError, match=message):
-            Encoder.from_dir(directory)
-    save_torch({**weights, name: weights[name] * float("nan")}, path)
-    with pytest.raises(InputError, match="not finite"):
-        Encoder.from_dir(directory).encode(["pain"])
-    path.write_bytes(whole[:-50])
-    with pytest.raises(InputError, match="not a readable safetensors file"):
-        Encoder.from_dir(directory)
-    for file in ("config.json", "modules.json", "1_Pooling/config.json", "tokenizer.json", "model.safetensors"):
-        content = (directory / file).read_bytes()
-        (directory / file).write_bytes(b"{")
-        with pytest.raises(InputError):
-            Encoder.from_dir(directory)
-        (directory / file).unlink()
-        with pytest.raises((InputError, OSError)):
-            Encoder.from_dir(directory)
-        (directory / file).write_bytes(content)
 
 
 # ----- the index -----------------------------------------------------------------------------------------------------
@@ -319,6 +141,59 @@ def test_another_encoder_is_noticed(saved, tmp_path):
         Index.load(saved, mean)
 
 
+def test_a_dot_model_is_searched_by_its_dot_product(records, tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    directory, _ = tiny_encoder(tmp_path / "encoder", "mean")
+    write_json(directory / "modules.json", json.loads((directory / "modules.json").read_text())[:2])
+    write_json(directory / "config_sentence_transformers.json", {"similarity_fn_name": "dot"})
+    Index.build(Encoder.from_dir(directory), records).save(tmp_path / "index")
+    index, theirs = Index.load(tmp_path / "index"), st.SentenceTransformer(str(directory), device="cpu")
+    texts, queries = [record["instruction"] for record in records], random_texts(40, seed=8)
+    expected = theirs.similarity(theirs.encode_query(queries), theirs.encode_document(texts)).numpy()
+    scores, ids = index.search(index.load_encoder().encode(queries, is_query=True), 30)
+    np.testing.assert_allclose(np.take_along_axis(expected, ids, 1), scores, rtol=1e-4)
+    assert (ids[:, 0] == expected.argmax(1)).all()
+    assert (ids[:, 0] != (expected / np.linalg.norm(theirs.encode(texts), axis=1)).argmax(1)).sum() > 5  # the cosine's
+    save_file({"vectors": np.full_like(index.vectors, np.nan)}, tmp_path / "index" / "vectors.safetensors")
+    reseal(tmp_path / "index")
+    with pytest.raises(InputError, match="vectors not finite"):
+        Index.load(tmp_path / "index")
+
+
+def test_of_records_with_one_question_and_conversation_the_first_is_kept(tiny, tmp_path, capsys):
+    rows = [{"instruction": "pain", "response": "a", "id": 1}, {"instruction": "pain", "response": "a", "id": 1},
+            {"instruction": "pain", "response": "b"}, {"id": 2, "response": "a", "instruction": "pain"},
+            {"instruction": "fever", "response": "a"}, {"prompt": "pain", "chosen": "a", "rejected": "c"},
+            {"instruction": "chest"}, {"instruction": "chest"}, {"instruction": "chest", "id": 3}]
+    index = Index.build(tiny, rows)
+    assert index.records == [rows[0], rows[2], rows[4], rows[6], rows[8]] and index.manifest["repeats"] == 4
+    status, out, err = run(capsys, "build", "--data", jsonl(tmp_path / "a.jsonl", rows[:4]),
+                           jsonl(tmp_path / "b.jsonl", rows[4:]), "--encoder", tiny.directory, "--out", tmp_path / "i")
+    assert status == 0 and "5 records" in out and "left out 4 records that repeat" in err
+    loaded = Index.load(tmp_path / "i", tiny)
+    assert loaded.records == index.records
+    assert len({json.dumps(loaded.records[i]) for i in loaded.search(tiny.encode(["pain"]), 4)[1][0]}) == 4
+
+
+def test_an_index_of_before_prompts_were_read_loads_where_they_say_nothing(saved, tiny):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    old = {"directory", "name", "model_sha256", "tokenizer_sha256", "config_sha256", "pooling", "max_tokens",
+           "query_instruction"}
+    stated = {key: value for key, value in manifest["encoder"].items() if key in old}
+    reseal(saved, encoder=stated)
+    assert Index.load(saved).load_encoder().query_instruction == stated["query_instruction"] != ""
+    settings = tiny.directory / "config_sentence_transformers.json"
+    for change, message in (({"prompts": {"query": "which "}}, "query_instruction is 'which '; the index was built"),
+                            ({"similarity_fn_name": "dot"}, "similarity is 'dot'; the index was built with 'cosine'"),
+                            ({"prompts": {"query": stated["query_instruction"], "passage": "a "}}, "document_prompt")):
+        try:
+            write_json(settings, change)
+            with pytest.raises(InputError, match=f"{message}.*build it again"):
+                Index.load(saved).load_encoder()
+        finally:
+            settings.unlink()
+
+
 @pytest.mark.parametrize("at", ["save_file", "sha256"])
 def test_a_save_that_fails_leaves_the_old_index(tiny, records, saved, monkeypatch, at):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
@@ -373,6 +248,24 @@ def test_build_then_search(tiny, tmp_path, capsys):
     assert results[0]["record"] in [json.loads(line) for line in data.read_text().splitlines()]
     status, out, err = run(capsys, "search", "--index", tmp_path / "index", "asthma")
     assert status == 0 and err == "" and len(out.splitlines()) == 2 and "which drug for asthma" in out
+
+
+def test_searches_use_the_instruction_the_index_was_built_with(tiny, tmp_path, capsys):
+    data = jsonl(tmp_path / "data.jsonl", [{"instruction": text, "response": "…"} for text in random_texts(20, seed=3)])
+    query = "which drug for asthma"
+    for instruction in ("", "patient has chest "):
+        assert run(capsys, "build", "--data", data, "--encoder", tiny.directory, "--out", tmp_path / "index",
+                   "--query-instruction", instruction)[0] == 0
+        manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+        assert manifest["encoder"]["query_instruction"] == instruction
+        status, out, err = run(capsys, "search", "--index", tmp_path / "index", query, "--json", "--k", 1)
+        found = json.loads(out)["results"][0]
+        expected = (tiny.encode([instruction + query]) @ Index.load(tmp_path / "index").vectors.T)[0]
+        assert (status, err) == (0, "") and found["id"] == expected.argmax()
+        assert found["score"] == pytest.approx(expected.max(), abs=1e-5)
+    status, out, err = run(capsys, "build", "--data", data, "--encoder", tiny.directory, "--out", tmp_path / "index",
+                           "--query-instruction", "\udcff")
+    assert status == 2 and "half a character" in err and err.count("\n") == 1
 
 
 def test_bad_rows_stop_or_are_counted(tiny, tmp_path, capsys):

@@ -296,6 +296,14 @@ def test_an_answer_tells_its_neighbours_before_and_its_report_after_the_steps(to
     assert same(answerer.model, before)
 
 
+def test_a_question_is_embedded_with_the_instruction_the_index_was_built_with(toy, tmp_path):
+    index = retrieve.Index.load(toy / "index")
+    index.manifest["encoder"]["query_instruction"] = "drug: "
+    index.save(tmp_path / "index")
+    encoder = ttt.Answerer(settings(toy, index=tmp_path / "index")).encoder
+    assert (encoder.encode(["asthma"], is_query=True) == encoder.encode(["drug: asthma"])).all()
+
+
 def test_ids_that_faiss_did_not_find_are_no_neighbours(toy, monkeypatch):
     answerer = ttt.Answerer(settings(toy))
     monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 100)
