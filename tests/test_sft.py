@@ -19,6 +19,7 @@ import model as M
 import sft
 from checkpoints import checkpoints_of
 from data import Tokenizer, collate, render_chat
+from files import InputError
 from sft import loss_fn, sft_loss
 from weights import checkpoint_names
 
@@ -224,6 +225,14 @@ def test_wrong_input_ends_in_one_line_and_status_2(base, rows_file, tmp_path, ch
     done = command(*arguments(base, rows_file, tmp_path / "out", *[str(bad) if x == "BAD" else x for x in change]))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_no_row_of_the_kind_that_is_wanted(base, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "?", "response": "!", "instruction_type": "common"}\n' * 2)
+    with pytest.raises(InputError, match=r"no row left to train on \(2 read, 2 of another kind \(instruction_type is "
+                                         r"not 'complex'\)\); expected at least one"):
+        sft.main(arguments(base, path, tmp_path / "out", "--stage", "cold-start"))
 
 
 def test_bad_rows_can_be_skipped_and_gz_is_read(base, tmp_path):
