@@ -18,8 +18,9 @@ ROLES = {"human": "user", "Human": "user", "gpt": "assistant", "Assistant": "ass
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "Complex_CoT")
 TRAINED = ("train", "weight", "loss")  # axolotl's, OpenAI's, ms-swift's
 REFUSED = frozenset((  # they change what the model reads or says, and have no place in the templates here
-    "tools", "functions", "tool_calls", "tool_call_id", "function_call", "image", "images", "video", "videos", "audio",
-    "audios", "documents", "chat_template", "chat_template_kwargs", "refusal", "prefix", "train_detail"))
+    "tools", "functions", "tool_calls", "function_call", "image", "images", "video", "videos", "audio", "audios",
+    "documents", "chat_template", "chat_template_kwargs"))
+REFUSED_IN_MESSAGES = REFUSED | {"tool_call_id", "refusal", "prefix", "train_detail"}
 TRANSCRIPT = re.compile(r"\s*Human:"), re.compile(r"(?:^|\n\n)(Human|Assistant):")  # a text of HH-RLHF, and a turn
 
 # ----- keys ----------------------------------------------------------------------------------------------------------
@@ -46,9 +47,9 @@ def value_under(mapping, names, where=""):
     return mapping[found[0]] if found else None
 
 
-def refuse(mapping, where=""):
-    """InputError where a row or a message says something under one of REFUSED."""
-    for name in sorted(REFUSED & mapping.keys()):
+def refuse(mapping, names=REFUSED, where=""):
+    """InputError where a row or a message says something under one of `names`."""
+    for name in sorted(names & mapping.keys()):
         if not is_empty(mapping[name]) and mapping[name] not in ("[]", "{}"):  # tools may be JSON in a text
             raise InputError(f"{where}found {name}, which changes the meaning and cannot be read here; expected none")
 
@@ -107,7 +108,7 @@ def read_message(message, number):
     if not isinstance(message, dict):
         check_message(message, number)
     where = f"message {number}: "
-    refuse(message, where)
+    refuse(message, REFUSED_IN_MESSAGES, where)
     role, content = (value_under(message, names, where) for names in (("role", "from"), ("content", "value")))
     if isinstance(content, list):
         content = "".join(text_of_part(part, where) for part in content)  # as chat templates join them

@@ -63,9 +63,10 @@ def test_what_changes_the_meaning_of_a_message_is_refused_by_name(message, found
 
 
 def test_the_transcripts_of_hh_rlhf():
-    two = [said("user", "Hi there"), said("assistant", "Hello.\n\nHow are you?"), said("user", "Well: fine"),
-           said("assistant", "Good.")]
-    text = "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHow are you?\n\nHuman: Well: fine\n\nAssistant: Good."
+    two = [said("user", "Hi there\nHuman: you?"), said("assistant", "Hello.\n\nHow are you?"),
+           said("user", "Well: fine"), said("assistant", "Good.")]
+    text = ("\n\nHuman: Hi there\nHuman: you?\n\nAssistant: Hello.\n\nHow are you?"
+            "\n\nHuman: Well: fine\n\nAssistant: Good.")
     assert read_turns({"chosen": text}, "chosen", "assistant") == two
     assert read_turns({"prompt": text[:-len(" Good.")]}, "prompt", "user") == two[:-1]
     assert read_turns({"chosen": text[:-len(" Good.")]}, "chosen", "assistant") == [*two[:-1], said("assistant", "")]

@@ -58,7 +58,7 @@ WHOLE = {"chosen": say("Q?", "A."), "rejected": say("Q?", "B.")}
 
 @pytest.mark.parametrize("row, expected", [
     (ALPACA, say("Sum up.\nA long text.", "Short.")), (ALPACA | {"input": ""}, say("Sum up.", "Short.")),
-    ({"instruction": "", "input": "Q?", "output": "A."}, say("Q?", "A.")),
+    ({"instruction": "", "input": "Q?", "output": "A.", "refusal": "no", "prefix": "x-"}, say("Q?", "A.")),
     (ALPACA | {"system": "Be brief.", "history": [["Q1", "A1"], ["Q2", "A2"]]},
      say("Q1", "A1", "Q2", "A2", "Sum up.\nA long text.", "Short.", system="Be brief.")),
     (SHAREGPT, say("Q?", "A.")),
