@@ -17,7 +17,8 @@ import tokenizers
 import torch
 
 from files import InputError, one_line, read_json, require_dir
-from rows import check_messages, note_bad_row, random_number
+from messages import check_messages
+from rows import note_bad_row, random_number
 
 # ----- tokenizer -----------------------------------------------------------------------------------------------------
 
@@ -161,9 +162,10 @@ CHATML_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging
 def render_chat(tokenizer, messages, add_generation_prompt=False):
     """messages [{"role": "system" | "user" | "assistant", "content": str}, …] -> (ids, loss_mask), two equal lists.
 
-    loss_mask is True on the assistant's content and its end-of-turn token. The ids are those of the official template
-    of the vocabulary (Llama 3.1, SmolLM2's ChatML, Llama 2). With `add_generation_prompt` the ids end where the
-    assistant is to begin. InputError for a vocabulary without a known template and for malformed messages.
+    loss_mask is True on the assistant's content and its end-of-turn token, unless the message has "train": False. The
+    ids are those of the official template of the vocabulary (Llama 3.1, SmolLM2's ChatML, Llama 2). With
+    `add_generation_prompt` the ids end where the assistant is to begin. InputError for a vocabulary without a known
+    template and for malformed messages.
     """
     system, turns = check_messages(messages)
     ids, mask = [], []
@@ -184,28 +186,28 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
             control("<|end_header_id|>")
             text("\n\n")
         control("<|begin_of_text|>")
-        turns = [("system", LLAMA3_SYSTEM + (system or "").strip()), *turns]
-        for role, content in turns:
+        turns = [("system", LLAMA3_SYSTEM + (system or "").strip(), False), *turns]
+        for role, content, trained in turns:
             header(role)
-            text(content if role == "system" else content.strip(), trained=role == "assistant")
-            control("<|eot_id|>", trained=role == "assistant")
+            text(content if role == "system" else content.strip(), trained=trained)
+            control("<|eot_id|>", trained=trained)
         if add_generation_prompt:
             header("assistant")
     elif tokenizer.template == "chatml":
-        for role, content in [("system", CHATML_SYSTEM if system is None else system), *turns]:
+        for role, content, trained in [("system", CHATML_SYSTEM if system is None else system, False), *turns]:
             control("<|im_start|>")
             if role == "assistant":
                 text("assistant\n")
-                text(content, trained=True)
+                text(content, trained=trained)
             else:
                 text(f"{role}\n{content}")
-            control("<|im_end|>", trained=role == "assistant")
+            control("<|im_end|>", trained=trained)
             text("\n")
         if add_generation_prompt:
             control("<|im_start|>")
             text("assistant\n")
     elif tokenizer.template == "llama2":  # every exchange is a sequence of its own, with its own BOS and EOS
-        for i, (role, content) in enumerate(turns):
+        for i, (role, content, trained) in enumerate(turns):
             if role != ("user", "assistant")[i % 2]:
                 raise InputError(f"message {i + 1} is from {role!r}; Llama 2's template expects user and assistant "
                                  "in turn")
@@ -214,8 +216,8 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
                 control("<s>")
                 text(f"[INST] {(opening + content).strip()} [/INST]")
             else:
-                text(content.strip() + " ", trained=True)
-                control("</s>", trained=True)
+                text(content.strip() + " ", trained=trained)
+                control("</s>", trained=trained)
     else:
         raise InputError(NO_TEMPLATE)
     return ids, mask

@@ -339,7 +339,7 @@ def read_tokenizer(path, raw, vocab_size, lower_case):
         raise InputError(f"{path}: no such file; expected the tokenizer as one file, which transformers' AutoTokenizer "
                          "saves from a vocab.txt")
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except OSError:
         raise
     except BaseException as error:  # the Rust library can panic, and its panic is no Exception

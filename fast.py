@@ -270,7 +270,7 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (q, k, v, *kept), (B, H, T, C) = ctx.saved_tensors, grad.shape
+        (q, k, v, *kept), (B, H, _, C) = ctx.saved_tensors, grad.shape
         K = len(k) // B
         grad = rows_by_key_head(grad, K)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros(k.shape), torch.zeros(v.shape)  # sums in fp32

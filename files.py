@@ -3,7 +3,7 @@
 Four promises, kept in one place because every program here makes them:
   1. Wrong input ends in one line (file, line or flag; what was found; what was expected) and exit status 2.
   2. Files are written aside, flushed to disk and renamed: a killed run leaves the old file or the new one.
-  3. Input is JSON or safetensors, read strictly: no pickle, no NaN, no duplicate keys, no line without end.
+  3. Input is JSON, parquet or safetensors, read strictly: no pickle, no NaN, no duplicate keys, no endless line.
   4. A program that writes a row for each of many questions goes on where it was killed (`finished_rows`, `appended`).
 """
 import argparse
@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -24,6 +25,7 @@ import zlib
 from pathlib import Path
 
 MAX_JSON_BYTES = 64 << 20  # a tokenizer.json is 17 MB, a training row a few KB: past this it is not one of ours
+BOM = b"\xef\xbb\xbf"  # some editors and spreadsheets put it in front of UTF-8
 
 # every answer and every model card carries this
 DISCLAIMER = "Research use only. Not medical advice: do not act on it without a physician."
@@ -154,9 +156,10 @@ def read_json(path, expect=dict):
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a JSON file")
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise InputError(f"{path}: {path.stat().st_size:,} bytes; expected JSON of at most {MAX_JSON_BYTES:,}")
+        raise InputError(f"{path}: {path.stat().st_size:,} bytes; expected JSON of at most {MAX_JSON_BYTES:,}"
+                         + (", or one object a line" if expect is list else ""))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # without a BOM
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     value = parse_json(text, path)
@@ -184,6 +187,7 @@ def read_jsonl(path, max_line_bytes=16 << 20):
                 raise InputError(f"{path}: damaged gzip file after line {number} ({one_line(error)})") from None
         while line := read(max_line_bytes + 1):
             number += 1
+            line = line.removeprefix(BOM)  # of any line: files are put one behind another
             if len(line) > max_line_bytes:
                 yield number, InputError(f"{path}:{number}: a line of more than {max_line_bytes:,} bytes; "
                                          "expected one JSON object a line")
@@ -202,6 +206,48 @@ def parse_row(line, where):
     except InputError as error:
         return error
     return row if isinstance(row, dict) else InputError(f"{where}: found {type(row).__name__}, expected a JSON object")
+
+
+def read_data(path):
+    """Yields (row number, where, dict or InputError) for every row of a data file; `where` is its place, for messages.
+
+    JSON lines are read as by `read_jsonl` ("a.jsonl:3"). The rows of one JSON array, read whole, and of a parquet file,
+    a batch at a time, count from 1 ("a.json: row 3"). The content decides which it is.
+    """
+    path, beginning = Path(path), b""
+    if path.is_file():
+        with contextlib.suppress(OSError, EOFError, zlib.error), \
+                gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            beginning = file.read(4096).removeprefix(BOM)  # read_jsonl says what is wrong with any other
+    if (beginning and path.suffix == ".parquet") or beginning.startswith(b"PAR1"):
+        rows = read_parquet(path)
+    elif re.match(rb"\s*\[\s*\{", beginning):
+        if path.suffix == ".gz":
+            raise InputError(f"{path}: a JSON array in .gz; expected it unpacked, or one JSON object a line")
+        rows = read_json(path, expect=list)
+    else:
+        yield from ((number, f"{path}:{number}", row) for number, row in read_jsonl(path))
+        return
+    for number, row in enumerate(rows, 1):
+        where = f"{path}: row {number}"
+        yield number, where, row if isinstance(row, dict) else InputError(
+            f"{where}: found {type(row).__name__}, expected a JSON object")
+
+
+def read_parquet(path):
+    """Yields the rows of a parquet file as dicts of what JSON has: NaN, a missing number, as None, a date as text."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise InputError(f"{path}: found no pyarrow to read parquet; expected pip install -e '.[parquet]'") from None
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    yield json.loads(json.dumps(row, default=str), parse_constant=lambda name: None)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({one_line(error)})") from None
 
 
 def finished_rows(path, begins_with):

@@ -28,7 +28,18 @@ from safetensors.numpy import save_file
 
 from data import check_unicode
 from encoder import Encoder
-from files import InputError, Parser, read_json, read_jsonl, require_dir, run_main, sha256, whole, written_aside
+from files import (
+    InputError,
+    Parser,
+    read_data,
+    read_json,
+    read_jsonl,
+    require_dir,
+    run_main,
+    sha256,
+    whole,
+    written_aside,
+)
 from parallel import from_all, interleaved_on_rank_0, start, stop
 from rows import messages_of, question_of
 
@@ -221,8 +232,6 @@ def problem_of(row, field, where):
     if isinstance(row, InputError):
         return row
     try:
-        if not row.get(field) and (field in row or field != "instruction"):  # FineMed-DPO has `prompt` in its place
-            raise InputError(f"{field} is {json.dumps(row.get(field))}; expected a question")
         question_of(row, field)
         check_unicode(json.dumps(row, ensure_ascii=False))
     except InputError as error:
@@ -230,13 +239,13 @@ def problem_of(row, field, where):
 
 
 def read_records(paths, field, on_bad_row="stop"):
-    """The rows of .jsonl files that have a question -> (records, sources for the manifest, number of bad rows).
-    InputError (file:line) for the first bad row, unless on_bad_row is "skip"."""
+    """The rows of data files that have a question -> (records, sources for the manifest, number of bad rows).
+    InputError with its place for the first bad row, unless on_bad_row is "skip"."""
     records, sources, bad = [], [], 0
     for path in paths:
         before = len(records)
-        for number, row in read_jsonl(path):
-            problem = problem_of(row, field, f"{path}:{number}")
+        for _, where, row in read_data(path):
+            problem = problem_of(row, field, where)
             if problem is None:
                 records.append(row)
             elif on_bad_row == "stop":
@@ -256,7 +265,7 @@ def build_command(args):
     if index is not None:  # rank 0
         index.save(args.out)
         if bad:
-            print(f"warning: left out {bad} bad rows (no question in {args.field!r}, or no JSON)", file=sys.stderr)
+            print(f"warning: left out {bad} bad rows (no question, or no JSON)", file=sys.stderr)
         if repeats := index.manifest["repeats"]:
             print(f"left out {repeats} records that repeat an earlier question and conversation", file=sys.stderr)
         print(f"{args.out}: {len(index.records)} records, {index.vectors.shape[1]} dimensions, {args.factory}")
@@ -281,13 +290,15 @@ def search_command(args):
 def main(argv=None):
     parser = Parser(description="Build and search an index of solved problems.")
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="embed the questions of .jsonl files and write an index")
-    build.add_argument("--data", nargs="+", required=True, metavar="FILE", help=".jsonl or .jsonl.gz, a record a line")
+    build = commands.add_parser("build", help="embed the questions of data files and write an index")
+    build.add_argument("--data", nargs="+", required=True, metavar="FILE",
+                       help="rows as for training: .jsonl, .jsonl.gz, .json (an array) or .parquet")
     build.add_argument("--encoder", default=DEFAULT_ENCODER, metavar="DIR",
                        help="bge-*-en-v1.5 or MiniLM (default %(default)s; the authors': bge-large-en-v1.5)")
     build.add_argument("--out", default=DEFAULT_INDEX, metavar="DIR", help="the index to write (default %(default)s)")
-    build.add_argument("--field", default="instruction", metavar="NAME", help="what is embedded: a text or a list of "
-                       "messages; `prompt` where a record lacks it (default %(default)s, FineMed-SFT's column)")
+    build.add_argument("--field", default="instruction", metavar="NAME", help="what is embedded: the text, or the "
+                       "user's last message, under this key; instruction: the question of the row, wherever it "
+                       "stands (default %(default)s)")
     build.add_argument("--factory", default="Flat", metavar="STRING", help="FAISS index: Flat is exact; IVF1024,Flat "
                        "or HNSW32 for millions of records (default %(default)s, the authors' choice)")
     build.add_argument("--query-instruction", metavar="TEXT", help="text in front of queries; the index keeps it for "

@@ -1,118 +1,215 @@
 """Data rows as people have them: one reader of a conversation for SFT, DPO, the index and TTT.
 
-    {"instruction": …, "response": …}                    FineMed-SFT
-    {"prompt": …, "chosen": …, "rejected": …}            FineMed-DPO, TRL
-    {"messages": [{"role": …, "content": …}, …]}         conversations
+    {"instruction": …, "response": …}                      FineMed-SFT; Alpaca with input and output; Orca's question
+    {"prompt": …, "chosen": …, "rejected": …}              FineMed-DPO, TRL; texts, messages or whole conversations
+    {"messages": [{"role": …, "content": …}, …]}           OpenAI; ShareGPT's conversations of from and value
+    with system, history [[question, answer], …], or reasoning beside the response
 
-A row is a dict of one jsonl line; a conversation is a list of messages {"role": "system" | "user" | "assistant",
-"content": str}.
+A row is a dict; messages.py reads its messages. A key that changes the meaning is read or refused by name, null is
+absent, and any other key (text, source, score, …) is left alone. The question is stated once, whoever repeats it.
 """
 import hashlib
 import heapq
 from collections import Counter
 
-from files import InputError, read_jsonl
+from files import InputError, read_data
+from messages import (
+    CONVERSATIONS,
+    THOUGHTS,
+    check_messages,
+    names_in,
+    one_prompt,
+    read_turns,
+    refuse,
+    value_under,
+    with_thought,
+)
 
-# ----- conversations -------------------------------------------------------------------------------------------------
+QUESTIONS = ("instruction", "prompt", "query", "Question", "question")
+MATERIAL = ("input", "context")  # Alpaca's and Dolly's: the user gives it below the question
+OPTIONS = ("options", "choices", "opa", "opb", "opc", "opd")
+ANSWERS = ("response", "chosen", "completion", "output", "Response", "answer")
+SYSTEMS = ("system", "system_prompt", "system_message")
+OPENAI_PAIR = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+
+# ----- before an answer ----------------------------------------------------------------------------------------------
 
 
-def check_messages(messages):
-    """(system text or None, [(role, content), …]) of a list of messages; InputError names the fault."""
-    if not isinstance(messages, list) or not messages:
-        raise InputError("found no messages; expected a list of {role, content}")
-    turns = []
-    for i, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        content = message.get("content") if isinstance(message, dict) else None
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise InputError(f"message {i + 1} has role {role!r} and content of type {type(content).__name__}; "
-                             "expected role system, user or assistant and a string")
-        if role == "system" and i > 0:
-            raise InputError(f"message {i + 1} is a system message; expected one only at the start")
-        turns.append((role, content))
-    system = turns.pop(0)[1] if turns[0][0] == "system" else None
-    if not turns:
-        raise InputError("found only a system message; expected a user's message after it")
-    return system, turns
+def prepared(record):
+    """A row without nulls, OpenAI's preference pairs under our names; InputError for one that cannot be learnt from."""
+    if isinstance(record.get("input"), dict) and "messages" in record["input"]:
+        record = {**record, "input": None, **record["input"]}
+    refuse(record)
+    for name in ("weight", "train", "label", "kto_tag"):  # KTO's label: false marks an answer as bad
+        if record.get(name) is False or (name in ("weight", "train") and record.get(name) == 0):
+            raise InputError(f"{name} is {record[name]!r}; expected a row to learn from")
+    return {OPENAI_PAIR.get(name, name): value for name, value in record.items() if value is not None}
+
+
+def read_row(record, keys, questions=QUESTIONS):
+    """(the messages before the answers, [the messages of the answer under each of `keys`, [] where it has none])."""
+    contexts, answers = [], []
+    for key in keys:
+        turns = read_turns(record, key, "assistant")
+        start = len(turns) - (turns[-1]["role"] == "assistant")
+        if turns[0]["role"] == "assistant" and key not in CONVERSATIONS:
+            start = 0  # no whole conversation but an answer, or several messages that go on from the prompt
+        contexts.append(turns[:start])
+        answers.append(turns[start:])
+    whole = [context for key, context in zip(keys, contexts) if context and key not in CONVERSATIONS]
+    if any(context != whole[0] for context in whole):
+        raise InputError(f"{' and '.join(keys)} differ before their last message; expected one prompt for both")
+    return prompt_of(record, contexts, questions), answers
+
+
+def prompt_of(record, contexts, questions=QUESTIONS):
+    """The messages before a row's answer, from its texts or from the conversations in it, `contexts`; else InputError.
+
+    A text that stands beside a conversation must be part of it, and the options of a question part of the question.
+    """
+    name = next(iter(names_in(record, questions)), None)
+    asked, history = read_turns(record, name, "user"), read_history(record)
+    value_under(record, SYSTEMS)
+    prompt = [turn for key in names_in(record, SYSTEMS)[:1] for turn in read_turns(record, key, "system")]
+    others = {*QUESTIONS, *MATERIAL} - {"question"}  # a benchmark's own question may stand beside the one made of it
+    if len(asked) > 1 or (asked and not isinstance(record[name], str)):
+        contexts, others = [asked, *contexts], others - {name}
+    if any(contexts):
+        if history:
+            raise InputError("found history beside a list of messages; expected it within the list")
+        for context in contexts:
+            prompt = one_prompt(prompt, context)
+    elif asked or names_in(record, ["input"]):
+        texts = [turn["content"] for turn in asked] + [record[key] for key in names_in(record, MATERIAL)]
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{' or '.join(MATERIAL)} is a list or an object; expected text")
+        prompt += [*history, {"role": "user", "content": "\n".join(texts)}]
+        others -= {name, *MATERIAL}
+        others |= set(() if name in ("instruction", "prompt") else OPTIONS)
+    else:
+        raise nothing_under(questions, record)
+    check_parts(record, names_in(record, sorted(others)), prompt)
+    return prompt
+
+
+def check_parts(record, keys, prompt):
+    """InputError where the user says something under one of `keys` and not in `prompt`."""
+    said = squeezed(" ".join(turn["content"] for turn in prompt if turn["role"] == "user")) if keys else ""
+    for key in keys:
+        for text in map(squeezed, texts_in(record[key])):
+            if not said or (text not in said and said not in text):
+                raise InputError(f"{key} is no part of the question; expected the whole question in one place")
+
+
+def read_history(record):
+    """The exchanges before the question, LLaMA-Factory's [[question, answer], …], as messages."""
+    messages, history = [], record["history"] if names_in(record, ["history"]) else []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise InputError(f"history holds a value of type {type(pair).__name__}; expected [question, answer]")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return messages
+
+
+def nothing_under(names, record):
+    no_messages = " and no messages" if names[0] not in ANSWERS else ""
+    return InputError(f"found no text under {' or '.join(names)}{no_messages} {keys_of(record)}")
+
+
+def keys_of(record):
+    names = sorted(map(str, record))
+    return f"(keys: {', '.join(names[:12]) or 'none'}{', …' if names[12:] else ''})"
+
+
+def squeezed(text):
+    return " ".join(text.split())
+
+
+def texts_in(value):
+    """All that a value holds, as texts, however deep."""
+    if isinstance(value, (list, dict)):
+        return [text for one in (value.values() if isinstance(value, dict) else value) for text in texts_in(one)]
+    return [] if value is None else [str(value)]
+
+# ----- rows ----------------------------------------------------------------------------------------------------------
 
 
 def messages_of(record):
-    """The conversation of one data row as messages that end with the assistant's answer. InputError if it has none.
-
-    Reads FineMed-SFT's columns (instruction, response), FineMed-DPO's and TRL's (prompt, chosen; either may be a string
-    or a list of messages), prompt/response, prompt/completion and messages.
-    """
-    if "messages" in record:
-        messages = record["messages"]
-        if not isinstance(messages, list):
-            raise InputError(f"messages is of type {type(messages).__name__}; expected a list of {{role, content}}")
-    else:
-        messages = _side(record, ("instruction", "prompt"), "user") \
-            + _side(record, ("response", "chosen", "completion"), "assistant")
+    """The conversation of one data row as messages that end with the assistant's answer. InputError if it has none."""
+    record = prepared(record)
+    conversations, names = names_in(record, CONVERSATIONS), names_in(record, ANSWERS)
+    names = names[:-1] if names[1:] and names[-1] == "answer" else names  # a key to the question beside a response
+    prompt, answers = read_row(record, conversations + names)
+    answers = [answer for answer in answers if answer] or [[]]
+    if any(answer[-1]["content"] != answers[0][-1]["content"] for answer in answers[1:]):
+        raise InputError(f"found answers that differ {keys_of(record)}; expected one")
+    if not answers[0] and not conversations:
+        raise nothing_under(ANSWERS, record)
+    messages = prompt + answers[0]
+    if names_in(record, THOUGHTS):
+        if conversations or names[0] == "chosen" or not isinstance(record[names[0]], str):
+            raise InputError("found reasoning beside messages or a pair; expected it in the message, or beside one "
+                             "response")
+        messages[-1]["content"] = with_thought(record, messages[-1]["content"])
     _, turns = check_messages(messages)
     if turns[-1][0] != "assistant" or not turns[-1][1].strip():
         raise InputError(f"the last message is {'empty' if turns[-1][0] == 'assistant' else 'from the user'}; "
                          "expected the assistant's answer")
+    if not any(trained for _, _, trained in turns):
+        raise InputError("found weight 0 or train false on every answer; expected one to train on")
     return messages
 
 
 def pair_of(record):
     """(prompt messages, chosen answer, rejected answer) of a preference row; an answer may be empty. Else InputError.
 
-    Reads prompt (or instruction), chosen and rejected, each a string or a list of messages: FineMed-DPO's columns,
-    TRL's, and instruction/chosen/rejected. Where chosen and rejected have several messages they are whole conversations
-    that differ in their last one (TRL's implicit prompt), and a prompt beside them says nothing new.
+    chosen and rejected are texts, messages, or whole conversations that differ in their last message.
     """
-    answers = []
+    record = prepared(record)
     for key in ("chosen", "rejected"):
-        value = record.get(key)
-        if not isinstance(value, str) and not (isinstance(value, list) and value):
-            raise InputError(f"found no answer under {key} (keys: {', '.join(sorted(record)) or 'none'})")
-        answers.append([{"role": "assistant", "content": value}] if isinstance(value, str) else value)
-    chosen, rejected = answers
-    if len(chosen) == 1 or len(rejected) == 1:
-        prompt = _side(record, ("instruction", "prompt"), "user")
-    else:
-        prompt, chosen = chosen[:-1], chosen[-1:]
-        if rejected[:-1] != prompt:
-            raise InputError("chosen and rejected differ before their last message; expected one prompt for both")
-        if (record.get("instruction") or record.get("prompt")) and \
-                _side(record, ("instruction", "prompt"), "user")[-1] != prompt[-1]:
-            raise InputError("the prompt is not what chosen and rejected answer; expected one prompt for all")
-        rejected = rejected[-1:]
-    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(record.get(key), (str, list, dict)) or record[key] in ([], {}):
+            raise InputError(f"found no answer under {key} {keys_of(record)}")
+    prompt, answers = read_row(record, [*names_in(record, CONVERSATIONS), "chosen", "rejected"])
+    for key, answer in zip(("chosen", "rejected"), answers[-2:]):
         _, turns = check_messages([*prompt, *answer])
-        if len(answer) != 1 or [role for role, _ in turns[-2:]] != ["user", "assistant"]:
+        if len(answer) != 1 or prompt[-1]["role"] != "user":
             raise InputError(f"{key} has {len(answer)} message(s), the last from {turns[-1][0]!r}; expected one, the "
                              "assistant's, after a prompt that ends with the user's")
-    return prompt, chosen[0]["content"], rejected[0]["content"]
-
-
-def _side(record, keys, role):
-    for key in keys:
-        value = record.get(key)
-        if isinstance(value, str) and value.strip():
-            return [{"role": role, "content": value}]
-        if isinstance(value, list) and value:
-            return value
-    raise InputError(f"found no text under {' or '.join(keys)} (keys: {', '.join(sorted(record)) or 'none'})")
+        if not answer[0].get("train", True) or names_in(record, THOUGHTS):
+            raise InputError(f"{key} has weight 0, train false, or reasoning beside the pair; expected two answers to "
+                             "compare")
+    return prompt, *(answer[0]["content"] for answer in answers[-2:])
 
 
 def question_of(record, field="instruction"):
-    """The question a row asks: the string under `field`, else the last user message of its conversation."""
-    value = record.get(field)
-    if isinstance(value, str) and value.strip():
-        return value
-    turns = [message for message in messages_of(record) if message["role"] == "user"]
-    if not turns:
-        raise InputError(f"found no question: neither {field!r} nor a user message")
-    return turns[-1]["content"]
+    """The question of a row for an index: the last thing the user says, or what `field` holds. InputError without."""
+    if field != "instruction":
+        turns = read_turns(record, field, "user")
+    elif names_in(row := prepared(record), (*CONVERSATIONS, *ANSWERS)):
+        turns = messages_of(row)
+    else:
+        turns = prompt_of(row, [])
+    texts = [turn["content"] for turn in turns if turn["role"] == "user" and turn["content"].strip()]
+    if not texts:
+        raise InputError(f"found no question under {field} {keys_of(record)}")
+    return texts[-1]
+
+
+def lone_question(record):
+    """The question of a row that asks one and says no more: under "question", else as in a row to train on."""
+    record, names = prepared(record), ("question", *QUESTIONS[:-1])
+    if not names_in(record, (*names, *MATERIAL, *CONVERSATIONS)):
+        raise InputError('found no question; expected text under "question" or "instruction"')
+    prompt, _ = read_row(record, names_in(record, CONVERSATIONS), names)
+    if [turn["role"] for turn in prompt] != ["user"]:
+        raise InputError(f"found {', '.join(turn['role'] for turn in prompt)}; expected one question of the user")
+    return prompt[0]["content"]
 
 # ----- drawing rows --------------------------------------------------------------------------------------------------
 
 
 def draw_rows(paths, count, seed, *, parse=messages_of, on_bad_row="stop", kind=None):
-    """`count` rows drawn from jsonl files (plain or .gz), in random order: ([(where, parse(row)), …], report).
+    """`count` rows drawn from data files (see files.read_data), in random order: ([(where, parse(row)), …], report).
 
     One pass that holds only the rows it will return: each row has a random number that depends on `seed` and its place
     alone, and the `count` smallest win. All rows if there are fewer. `kind` leaves out rows whose instruction_type is
@@ -123,18 +220,18 @@ def draw_rows(paths, count, seed, *, parse=messages_of, on_bad_row="stop", kind=
 
     def good_rows():
         for place, path in enumerate(paths):
-            for number, row in read_jsonl(path):
+            for number, where, row in read_data(path):
                 counts["read"] += 1
                 per_file[str(path)] += 1
                 error, parsed = row, None
                 if not isinstance(row, InputError):
-                    error, parsed = try_to(parse, row, f"{path}:{number}")
+                    error, parsed = try_to(parse, row, where)
                 if error:
                     note_bad_row(error, on_bad_row, counts, faults)
-                elif kind and row.get("instruction_type", kind) != kind:
+                elif kind and row.get("instruction_type") not in (kind, None):
                     counts["other kind"] += 1
                 else:
-                    yield random_number(seed, place, number), (f"{path}:{number}", parsed)
+                    yield random_number(seed, place, number), (where, parsed)
     drawn = heapq.nsmallest(count, good_rows(), key=lambda keyed: keyed[0])
     return [row for _, row in drawn], {**counts, "files": dict(per_file), "faults": faults}
 

@@ -57,7 +57,8 @@ def add_flags(parser, chosen):
 
     def switch(name, text):
         parser.add_argument("--" + name, action="store_true", help=text)
-    flag("data", str, "training rows: .jsonl or .jsonl.gz", metavar="FILE", nargs="+", required=True)
+    flag("data", str, "training rows: .jsonl, .jsonl.gz, .json (an array) or .parquet", metavar="FILE", nargs="+",
+         required=True)
     flag("model", str, "the model to start from", metavar="DIR")
     flag("out", str, "the folder of this run", metavar="DIR")
     flag("rows", whole(1), "rows to draw from --data; all if there are fewer")
@@ -167,17 +168,19 @@ def read_examples(run, parse, render, kind=None):
     if args.val_rows is None:
         held_out = min(200, len(examples) // 20)
     held, examples = examples[:held_out], examples[held_out:held_out + args.rows]
-    if not examples:
-        raise InputError(f"--data {' '.join(args.data)}: no row left to train on ({drawn.get('read', 0)} read, "
-                         f"{held_out} held out); expected at least one")
     faults, counts = drawn.pop("faults"), Counter()
     for _, report in outcomes:
         faults += report.pop("faults")
         counts.update(report)
+    counts["bad"] += drawn.get("bad", 0)
+    if not examples:
+        left_out = {f"of another kind (instruction_type is not {kind!r})": drawn.get("other kind", 0), **counts,
+                    "truncated": 0, "held out": len(held)}
+        read = ", ".join([f"{drawn.get('read', 0)} read", *(f"{n} {name}" for name, n in left_out.items() if n)])
+        raise InputError(f"--data {' '.join(args.data)}: no row left to train on ({read}); expected at least one")
     for fault in faults[:5] if world.rank == 0 else ():
         print(f"skipped: {fault}", file=sys.stderr)
     steps = args.epochs * math.ceil(len(examples) / args.batch_size)
-    counts["bad"] += drawn.get("bad", 0)
     run.plan = {
         "rows_read": drawn.get("read", 0), "rows_of_another_kind": drawn.get("other kind", 0),
         "answers_truncated": counts.pop("truncated"), **{f"rows_{name}": n for name, n in counts.items()},

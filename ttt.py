@@ -42,7 +42,7 @@ from files import (
     finished_rows,
     number,
     one_line,
-    read_jsonl,
+    read_data,
     run_main,
     whole,
 )
@@ -51,7 +51,7 @@ from model import LlamaConfig, load_model
 from parallel import pick_device
 from retrieve import Index
 from rounding import slices, stochastic_rounder
-from rows import messages_of, question_of
+from rows import lone_question, messages_of, question_of
 from snapshot import Snapshot, place_for_snapshot, put_back, remove_hooks
 from weights import DTYPES, stop_ids_of
 
@@ -320,12 +320,12 @@ class Answerer:
             "model": str(s["model"]), "disclaimer": DISCLAIMER}
 
 
-def at_line(path, line, function, *args):
-    """function(*args), an InputError of which names the line of the file."""
+def at_row(where, function, *args):
+    """function(*args), an InputError of which names the row of the file."""
     try:
         return function(*args)
     except InputError as error:
-        raise InputError(f"{path}:{line}: {error}") from None
+        raise InputError(f"{where}: {error}") from None
 
 
 def split_answer(text):
@@ -353,8 +353,8 @@ def parse_args(argv=None):
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--question", default=argparse.SUPPRESS, help="the question to answer")
-    what.add_argument("--questions", metavar="FILE.jsonl", default=argparse.SUPPRESS,
-                      help='many: rows with a "question" or "instruction"; needs --out')
+    what.add_argument("--questions", metavar="FILE", default=argparse.SUPPRESS,
+                      help='many: rows with a "question" or "instruction" (.jsonl, .json, .parquet); needs --out')
     what.add_argument("--chat", action="store_true", default=argparse.SUPPRESS, help="ask and answer in turns")
     parser.add_argument("--out", metavar="FILE.jsonl", help="with --questions: the answers; resumed if it exists")
     parser.add_argument("--model", metavar="DIR", help="default: the furthest trained model in runs/, else the demo's")
@@ -409,7 +409,7 @@ def main(argv=None):
     answered = read_answers(args.out, questions, settings) if questions else None
     answerer = Answerer(settings, pick_device(args.device))
     if questions:
-        answer_file(answerer, args.questions, questions, answered, args.out)
+        answer_file(answerer, questions, answered, args.out)
     elif hasattr(args, "chat"):
         chat(answerer, args.json)
     else:
@@ -418,7 +418,7 @@ def main(argv=None):
 
 def read_text(path, flag):
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # without the mark that some editors put in front
     except UnicodeDecodeError as error:
         raise InputError(f"{flag} {path}: not UTF-8 text (byte {error.start})") from None
 
@@ -479,16 +479,14 @@ def chat(answerer, as_json):
 
 
 def read_questions(path):
-    """[(line number, question)] of a jsonl file; the first bad line stops, by number, before any model is loaded."""
+    """[(row number, where, question)] of a data file; the first bad row stops, by its place, before a model loads."""
     questions = []
-    for line, row in read_jsonl(path):
+    for line, where, row in read_data(path):
         if isinstance(row, InputError):
             raise row
-        question = row.get("question", row.get("instruction"))
-        if not isinstance(question, str) or not question.strip():
-            raise InputError(f"{path}:{line}: found no question; expected text under \"question\" or \"instruction\"")
-        at_line(path, line, check_unicode, question)
-        questions.append((line, question))
+        question = at_row(where, lone_question, row)
+        at_row(where, check_unicode, question)
+        questions.append((line, where, question))
     if not questions:
         raise InputError(f"{path}: found no rows; expected one question a line")
     return questions
@@ -502,7 +500,7 @@ def read_answers(path, questions, settings):
 
     InputError when the file belongs to other questions or was made with other settings.
     """
-    answered, asked = set(), dict(questions)
+    answered, asked = set(), {line: question for line, _, question in questions}
     for line, row in finished_rows(path, OUR_ROW):
         if type(row.get("line")) is not int or asked.get(row["line"]) != row.get("question"):
             raise InputError(f"{path}:{line}: answers another question than line {row.get('line')} of --questions; "
@@ -516,12 +514,12 @@ def read_answers(path, questions, settings):
     return answered
 
 
-def answer_file(answerer, path_of_questions, questions, answered, path):
+def answer_file(answerer, questions, answered, path):
     """Appends one row to `path` for every question not yet in `answered`, each on disk before the next is begun."""
     with appended(path) as append:
-        for line, question in tqdm(questions, desc="questions", unit="question", disable=None, file=sys.stderr):
+        for line, where, question in tqdm(questions, desc="questions", unit="question", disable=None, file=sys.stderr):
             if line not in answered:
-                answer = at_line(path_of_questions, line, answerer.answer, question)
+                answer = at_row(where, answerer.answer, question)
                 append({"line": line, **answer, "settings": answerer.settings})
     print(f"{len(questions)} questions, {len(answered)} of them answered before; answers in {path}", file=sys.stderr)
 

@@ -148,6 +148,16 @@ def random_pairs(sizes, seed=0):
     return [(f"pair {i}", *(rng.integers(0, 300, n).astype(np.int32) for n in own)) for i, own in enumerate(sizes)]
 
 
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+def say(*turns, system=None):
+    """The messages of a talk in which user and assistant take turns."""
+    messages = [said("system", system)] if system is not None else []
+    return messages + [said(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
+
+
 def write_jsonl(path, rows):
     """Writes dicts, or lines as they are, to a .jsonl or .jsonl.gz file; its name."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]

@@ -1,10 +1,10 @@
-"""data.py's training half: reading rows and pairs, drawing them, and dividing them into steps and micro-batches."""
+"""data.py's training half: rendering rows and pairs, and dividing them into steps and micro-batches."""
 from itertools import chain, islice
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,63 +22,8 @@ from data import (
     steps_of_epochs,
 )
 from files import InputError
-from rows import draw_rows, pair_of
 
-FINEMED = {"text": "a passage", "instruction": "What is ketosis?", "complexity": 3, "quality": 8, "language": "en",
-           "response": "Ketones in the blood.", "instruction_type": "common"}
-MESSAGES = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"},
-                         {"role": "assistant", "content": "Because."}]}
-PAIR = {"prompt": "How many?", "response": "Two."}
-PREFERENCE = {"prompt": [{"role": "user", "content": "Who?"}],
-              "chosen": [{"role": "assistant", "content": "The nurse."}],
-              "rejected": [{"role": "assistant", "content": "Nobody."}]}
-
-# ----- reading and drawing -------------------------------------------------------------------------------------------
-
-
-def test_all_kinds_of_rows_are_read_from_plain_and_gz_files(tmp_path):
-    files = [write_jsonl(tmp_path / "a.jsonl", [FINEMED, MESSAGES]),
-             write_jsonl(tmp_path / "b.jsonl.gz", [PAIR, PREFERENCE])]
-    rows, report = draw_rows(files, 10, seed=0)
-    found = {where.rsplit("/")[-1]: messages for where, messages in rows}
-    assert sorted((where, messages[-1]["content"]) for where, messages in found.items()) == [
-        ("a.jsonl:1", "Ketones in the blood."), ("a.jsonl:2", "Because."), ("b.jsonl.gz:1", "Two."),
-        ("b.jsonl.gz:2", "The nurse.")]
-    assert found["a.jsonl:2"][0] == {"role": "system", "content": "Be brief."}
-    assert report == {"read": 4, "files": {files[0]: 2, files[1]: 2}, "faults": []}
-
-
-@pytest.mark.parametrize("row, message", [
-    ("{not json", "rows.jsonl:2: not valid JSON"),
-    ("[1, 2]", "rows.jsonl:2: found list, expected a JSON object"),
-    ({"instruction": "only a question"},
-     r"rows.jsonl:2: found no text under response or chosen or completion \(keys: instr"),
-    ({"messages": "hello"}, "rows.jsonl:2: messages is of type str; expected a list"),
-    ({"messages": [{"role": "user", "content": "?"}]}, "rows.jsonl:2: the last message is from the user"),
-    ({"instruction": "?", "response": 7}, "rows.jsonl:2: found no text under response"),
-])
-def test_a_bad_row_stops_or_is_counted(tmp_path, row, message):
-    path = write_jsonl(tmp_path / "rows.jsonl", [PAIR, row, PAIR])
-    with pytest.raises(InputError, match=message):
-        draw_rows([path], 10, seed=0)
-    rows, report = draw_rows([path], 10, seed=0, on_bad_row="skip")
-    assert len(rows) == 2 and report["bad"] == 1 and report["faults"][0].startswith(str(path) + ":2")
-
-
-def test_the_draw_depends_on_the_seed_and_the_place_alone(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [PAIR | {"response": str(i)} for i in range(200)])
-    all_rows = [where for where, _ in draw_rows([path], 200, seed=1)[0]]
-    assert len(set(all_rows)) == 200
-    assert [where for where, _ in draw_rows([path], 50, seed=1)[0]] == all_rows[:50]
-    assert [where for where, _ in draw_rows([path], 50, seed=2)[0]] != all_rows[:50]
-    # about a quarter of a quarter: 50 of 200 drawn, 12.5 of them expected among the first 50
-    assert 4 < sum(int(where.rpartition(":")[2]) <= 50 for where in all_rows[:50]) < 24
-
-
-def test_rows_of_another_kind_are_left_out(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [FINEMED, FINEMED | {"instruction_type": "complex"}, PAIR])
-    rows, report = draw_rows([path], 10, seed=0, kind="complex")
-    assert sorted(where[-1] for where, _ in rows) == ["2", "3"] and report["other kind"] == 1
+# ----- rows ----------------------------------------------------------------------------------------------------------
 
 
 def test_rendering_truncates_answers_and_drops_what_has_none_left(smollm2):
@@ -141,40 +86,7 @@ def test_supervised_spans_are_the_answers():
 # ----- pairs ---------------------------------------------------------------------------------------------------------
 
 
-def said(role, content):
-    return {"role": role, "content": content}
-
-
-PROMPT, GOOD, BAD = [said("user", "Who?")], [said("assistant", "The nurse.")], [said("assistant", "Nobody.")]
-
-
-@pytest.mark.parametrize("row", [
-    {"text": "a passage", "complexity": 9, "quality": 8, "language": "en", "prompt": PROMPT, "chosen": GOOD,
-     "rejected": BAD},
-    {"prompt": "Who?", "chosen": "The nurse.", "rejected": "Nobody."},
-    {"instruction": "Who?", "chosen": "The nurse.", "rejected": "Nobody."},
-    {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD},
-    {"prompt": "Who?", "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}])
-def test_all_kinds_of_pairs_are_read(row):
-    assert pair_of(row) == (PROMPT, "The nurse.", "Nobody.")
-
-
-@pytest.mark.parametrize("row, message", [
-    ({"prompt": "?", "chosen": "!"}, r"found no answer under rejected \(keys: chosen, prompt\)"),
-    ({"prompt": "?", "chosen": [], "rejected": "!"}, "found no answer under chosen"),
-    ({"prompt": "?", "chosen": 7, "rejected": "!"}, "found no answer under chosen"),
-    ({"chosen": "yes", "rejected": "no"}, "found no text under instruction or prompt"),
-    ({"prompt": "", "chosen": "yes", "rejected": "no"}, "found no text under instruction or prompt"),
-    ({"chosen": PROMPT + GOOD, "rejected": [said("user", "What?"), *BAD]}, "differ before their last message"),
-    ({"prompt": "Why?", "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}, "the prompt is not what chosen and"),
-    ({"prompt": PROMPT, "chosen": PROMPT, "rejected": BAD}, "chosen has 1 message.s., the last from 'user'"),
-    ({"prompt": PROMPT, "chosen": GOOD + GOOD, "rejected": BAD}, "chosen has 2 message.s."),
-    ({"prompt": PROMPT + GOOD, "chosen": GOOD, "rejected": BAD}, "after a prompt that ends with the user's"),
-    ({"prompt": [said("system", "Hi.")], "chosen": GOOD, "rejected": BAD}, "after a prompt that ends with the user's"),
-    ({"prompt": PROMPT, "chosen": [{"role": "assistant", "content": None}], "rejected": BAD}, "of type NoneType")])
-def test_a_bad_pair_is_refused(row, message):
-    with pytest.raises(InputError, match=message):
-        pair_of(row)
+PROMPT = [said("user", "Who?")]
 
 
 def test_rendering_keeps_prompts_cuts_answers_and_drops_what_says_nothing(smollm2):

@@ -7,11 +7,10 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from conftest import ROOT
+from conftest import ROOT, say
 
 from data import Tokenizer, check_vocabulary, render_chat, stream_text, training_example
 from files import InputError
-from rows import messages_of, question_of
 
 LLAMA31 = ROOT.parent / "shared/data/llama31/tokenizer.json.gz"
 # The official Llama-3.1-Instruct template without its tool branches.
@@ -35,11 +34,6 @@ LLAMA31_TEMPLATE = """{{- bos_token }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
-
-
-def say(*turns, system=None):
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    return messages + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
 CONVERSATIONS = [
@@ -232,31 +226,6 @@ def test_decode_encode_is_the_identity(vocabulary, request):
             assert ours.decode(ours.encode(message["content"])) == message["content"]
 
 # ----- rows ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_released_shapes_are_read():
-    sft = {"text": "…", "instruction": "Q?", "complexity": 9, "quality": 9, "language": "en", "response": "A.",
-           "instruction_type": "complex"}
-    dpo = {"prompt": [{"content": "Q?", "role": "user"}], "chosen": [{"content": "A.", "role": "assistant"}],
-           "rejected": [{"content": "B.", "role": "assistant"}]}
-    for row in (sft, dpo, {"prompt": "Q?", "response": "A."}, {"prompt": "Q?", "completion": "A."},
-                {"messages": say("Q?", "A.")}, {"prompt": "Q?", "chosen": "A.", "rejected": "B."}):
-        assert messages_of(row) == say("Q?", "A.") and question_of(row) == "Q?"
-    assert question_of({"messages": say("Q1", "A1", "Q2", "A2")}) == "Q2"
-
-
-@pytest.mark.parametrize("row, found", [
-    ({}, "keys: none"), ({"instruction": "Q"}, "response or chosen or completion"),
-    ({"instruction": " ", "response": "A"}, "instruction or prompt"),
-    ({"messages": "x"}, "type str"), ({"messages": []}, "no messages"), ({"messages": say("Q")}, "from the user"),
-    ({"messages": say("Q", " ")}, "empty"), ({"messages": [{"role": "tool", "content": "x"}]}, "'tool'"),
-    ({"messages": [{"role": "user", "content": 3}]}, "type int"), ({"messages": ["x"]}, "message 1"),
-    ({"messages": [*say("Q", "A"), {"role": "system", "content": "s"}]}, "message 3 is a system message"),
-    ({"messages": [{"role": "system", "content": "s"}]}, "only a system message")])
-def test_malformed_rows_are_named(row, found):
-    with pytest.raises(InputError) as error:
-        messages_of(row)
-    assert found in str(error.value) and "\n" not in str(error.value)
 
 
 def test_truncation_cuts_the_end_of_the_answer_only(chatml):

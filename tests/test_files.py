@@ -1,17 +1,32 @@
 """files.py: strict reading, writing that leaves the old or the new, and how a program ends."""
 import gzip
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from datetime import date
 
+import pyarrow
 import pytest
 from conftest import ROOT
+from pyarrow import parquet
 
 import files
-from files import InputError, appended, finished_rows, read_json, read_jsonl, sha256, write_json, written_aside
+import ttt
+from files import (
+    InputError,
+    appended,
+    finished_rows,
+    read_data,
+    read_json,
+    read_jsonl,
+    sha256,
+    write_json,
+    written_aside,
+)
 
 
 def test_strict_json(tmp_path):
@@ -74,6 +89,73 @@ def test_a_cut_gzip_file_is_reported(tmp_path):
     assert refused == len(range(10, len(whole), 20))
     with pytest.raises(InputError, match="no such file"):
         list(read_jsonl(tmp_path / "none.jsonl"))
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    bom = b"\xef\xbb\xbf"
+    (tmp_path / "x.json").write_bytes(bom + b'{"a": 1}')
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+    (tmp_path / "x.jsonl").write_bytes(bom + b'{"a": 1}\n' + bom + b'{"a": 2}\n' + bom)  # two files put together
+    assert list(read_jsonl(tmp_path / "x.jsonl")) == [(1, {"a": 1}), (2, {"a": 2})]
+    (tmp_path / "x.txt").write_bytes(bom + "Be brief: 38 °C.".encode())
+    assert ttt.read_text(tmp_path / "x.txt", "--system") == "Be brief: 38 °C."
+
+
+def test_the_content_decides_how_rows_are_read(tmp_path):
+    rows, path = [{"a": 1}, {"a": "é"}], tmp_path / "x"
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    for content, places in ((lines, [f"{path}:1", f"{path}:2"]),
+                            (json.dumps(rows).encode(), [f"{path}: row 1", f"{path}: row 2"]),
+                            (b"\n " + json.dumps(rows, indent=2).encode(), [f"{path}: row 1", f"{path}: row 2"])):
+        path.write_bytes(content)
+        assert list(read_data(path)) == [(1, places[0], rows[0]), (2, places[1], rows[1])]
+    path.write_text('[{"a": 1}, 2]')
+    (_, _, first), (_, _, second) = read_data(path)
+    assert first == {"a": 1} and "x: row 2: found int, expected a JSON object" in str(second)
+    for content, found in (('["a"]\n{"a": 1}', None), ('[{"a": 1}\n', "x: not valid JSON"),
+                           ('[{"a": NaN}]', "NaN is")):
+        path.write_text(content)
+        if found:
+            with pytest.raises(InputError, match=found):
+                list(read_data(path))
+        else:  # a wrong line of many
+            assert [isinstance(row, InputError) for *_, row in read_data(path)] == [True, False]
+
+
+def test_an_array_too_large_or_packed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 10)
+    (tmp_path / "x.json").write_text('[{"a": 1}, {"a": 2}]')
+    with pytest.raises(InputError, match=r"x\.json: 20 bytes; expected JSON of at most 10, or one object a line"):
+        list(read_data(tmp_path / "x.json"))
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress(b'[{"a": 1}]'))
+    with pytest.raises(InputError, match=r"x.json.gz: a JSON array in .gz; expected it unpacked"):
+        list(read_data(tmp_path / "x.json.gz"))
+    with pytest.raises(InputError, match="no such file"):
+        list(read_data(tmp_path / "none.parquet"))
+
+
+def test_parquet_has_what_json_has(tmp_path):
+    """Against the values put in: a date becomes text, a number that is missing becomes None."""
+    rows = [{"text": "é\u2028", "turns": [{"role": "user", "n": None}], "n": 2**60, "x": 0.5, "day": date(2024, 2, 1)},
+            {"text": None, "turns": [], "n": None, "x": math.nan, "day": None}] * 200  # several batches
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    expected = [rows[0] | {"day": "2024-02-01"}, rows[1] | {"x": None}] * 200
+    found = list(read_data(tmp_path / "x.parquet"))
+    assert [row for *_, row in found] == expected
+    assert found[399][:2] == (400, f"{tmp_path}/x.parquet: row 400")
+    whole = (tmp_path / "x.parquet").read_bytes()
+    for damaged in (whole[:-40], b"version https://git-lfs", whole[:4] + b"\xff" * 200 + whole[204:]):
+        (tmp_path / "x.parquet").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"x.parquet: not a readable parquet file \(.") as error:
+            list(read_data(tmp_path / "x.parquet"))
+        assert "\n" not in str(error.value)
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match=r"found no pyarrow to read parquet; expected pip install .*parquet"):
+        list(read_data(tmp_path / "x.parquet"))
 
 
 def test_sha256_is_the_standard_one(tmp_path):

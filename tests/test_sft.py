@@ -233,6 +233,14 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(too_few_ro
         sft.main(arguments(too_few_rows, rows_file, tmp_path / "out", *more))
 
 
+def test_no_row_of_the_kind_that_is_wanted(base, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "?", "response": "!", "instruction_type": "common"}\n' * 2)
+    with pytest.raises(InputError, match=r"no row left to train on \(2 read, 2 of another kind \(instruction_type is "
+                                         r"not 'complex'\)\); expected at least one"):
+        sft.main(arguments(base, path, tmp_path / "out", "--stage", "cold-start"))
+
+
 def test_bad_rows_can_be_skipped_and_gz_is_read(base, tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "?", "response": "!"}\n{"prompt": "?"}\n'))
