@@ -328,6 +328,8 @@ def follow_template(tokenizer, path, source):
 def default_systems(source, begin, end):
     """The texts that the source of a chat template says by itself in a system block from `begin` to `end`: a set, None
     where that cannot be told. They stand between the two, or in a message, or a variable is set to them."""
+    # transformers once wrote its switched-off default for Llama 2 into folders: a branch that is never taken
+    source = re.sub(r"\{%-? elif false == true .*?(?=\{%-? (?:else|endif))", "", source, flags=re.DOTALL)
     begin, end = (re.escape(one).replace(r"\\n", r"(?:\\n|\n)") for one in (begin, end))
     text = r"((?:(?!\1)[^\\]|\\.)"  # of a string that ends with the quotation mark that is group 1
     texts = [found for pattern in (rf"(['\"]){begin}{text}*?){end}", rf"set\s+\w*system\w*\s*=\s*(['\"]){text}+)\1",

@@ -93,10 +93,12 @@ CLOCK = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
 """
-# Llama 2's own
+# Llama 2's own, as transformers wrote it into many folders
 INST = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
     "{% set system_message = messages[0]['content'] %}"
+    "{% elif false == true and not '<<SYS>>' in messages[0]['content'] %}{% set loop_messages = messages %}"
+    "{% set system_message = 'You are a helpful, respectful and honest assistant.' %}"
     "{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
     "{% for message in loop_messages %}{% if loop.index0 == 0 and system_message != false %}"
     "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
@@ -256,7 +258,7 @@ def check_llama_cpp(trained, folder, path, talks):
         prompt = theirs.tokenize(template(messages=talk).prompt.encode(), add_bos=False, special=True)
         assert prompt == render_chat(trained, talk, add_generation_prompt=True)[0]
         answer = list(islice(theirs.generate(prompt, temp=0.0, top_k=1), 32))
-        assert answer == list(generate(ours, prompt, max_new_tokens=32, temperature=0))
+        assert answer == list(generate(ours, prompt, max_new_tokens=32, temperature=0)) and len(set(answer)) > 4
         theirs.reset()
 
 
