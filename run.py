@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import checkpoint_to_resume, checkpoints_of
-from data import CHAT_TEMPLATES, Tokenizer, check_vocabulary, show_example
+from data import Tokenizer, chat_template, check_vocabulary, show_example
 from fast import KEPT_KEYS, KEPT_LOGITS, block_of_logits, has_fast_bf16, reuse_freed_memory
 from files import DISCLAIMER, InputError, number, read_json, read_jsonl, resident, sha256, whole, write_json
 from model import LlamaConfig, open_checkpoint
@@ -333,15 +333,7 @@ def export_model(training, directory, *, source, dtype, card):
         return full(sharded_like(world, model.get_parameter(name), training.masters[name]))
 
     def add_files(folder):
-        tokenizer = Tokenizer.from_dir(source)
-        path = folder / "generation_config.json"
-        stops = sorted(stop_ids_of(source) | {tokenizer.end_of_turn()})  # a base model's file lacks the end of a turn
-        given = read_json(path) if path.is_file() else {}
-        path.write_text(json.dumps(given | {"eos_token_id": stops if stops[1:] else stops[0]}, indent=2))
-        settings = folder / "tokenizer_config.json"
-        if not (folder / "chat_template.jinja").is_file() and not (
-                settings.is_file() and read_json(settings).get("chat_template")):
-            (folder / "chat_template.jinja").write_text(CHAT_TEMPLATES[tokenizer.template])
+        say_what_was_trained(folder, source)
         (folder / "README.md").write_text(card)
         if is_llama3(model.config):
             (folder / "NOTICE").write_text(LLAMA_NOTICE)
@@ -352,6 +344,30 @@ def export_model(training, directory, *, source, dtype, card):
         for name in checkpoint_names(model.config):
             gathered(name)
     barrier(world)
+
+
+def say_what_was_trained(folder, source):
+    """Settings of an exported `folder`, copied from `source`, so that programs that load it prompt and stop as trained.
+
+    The trained chat template stands in both places where one is looked for, alone. Its end-of-turn token, which a base
+    model does not end with, is eos_token wherever one is named; the ids at which generation stops are that and the base
+    model's own.
+    """
+    tokenizer = Tokenizer.from_dir(source)
+    template, end = chat_template(tokenizer), tokenizer.end_of_turn()
+    stops = sorted(stop_ids_of(source) | {end})
+    stops, eos = {"eos_token_id": stops if stops[1:] else end}, {"eos_token": tokenizer.decode([end])}
+    # transformers' classes GPT2Tokenizer and LlamaTokenizer cut text by rules of their own, not by tokenizer.json's;
+    # "legacy" is the rule of sentencepiece and llama.cpp: a space before each piece of text between control tokens
+    as_read = {"tokenizer_class": "PreTrainedTokenizerFast"} if (folder / "tokenizer.json").is_file() else \
+        {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+    for name, values in {"config.json": stops, "generation_config.json": stops, "special_tokens_map.json": eos,
+                         "tokenizer_config.json": {**as_read, **eos, "chat_template": template}}.items():
+        path = folder / name
+        given = read_json(path) if path.is_file() else {}
+        if given or name != "special_tokens_map.json":
+            path.write_text(json.dumps(given | values, indent=2))
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def is_llama3(config):

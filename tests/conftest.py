@@ -14,10 +14,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import model as M
 from data import Tokenizer
@@ -218,6 +219,59 @@ def tiny_encoder(directory, pooling="cls", prefix="", seed=0, max_seq_length=40,
     write_json(directory / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": True})
     save_file({prefix + name: tensor for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
     return directory, model
+
+# ----- vocabularies --------------------------------------------------------------------------------------------------
+
+CONTROL_TOKENS = {"chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+                  "llama3": ["<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+                             "<|eot_id|>"]}
+LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def tiny_vocabulary(folder, template, *more):
+    """Writes a tokenizer.json of 600 tokens that cuts text as SmolLM2's ("chatml") or Llama 3's ("llama3") does, with
+    the control tokens of that template and of `more`."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    cut = pre_tokenizers.Digits(individual_digits=True) if template == "chatml" else \
+        pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=template == "chatml")])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        random_texts(300) + ["system\n", "user\n", "assistant\n\n", "fever?"] * 9, trainers.BpeTrainer(
+            vocab_size=600, special_tokens=[token for name in (template, *more) for token in CONTROL_TOKENS[name]],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def tiny_sentencepiece(folder):
+    """Writes a tokenizer.model of 440 pieces, BPE with byte fallback as Llama 2's."""
+    folder.mkdir(exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(random_texts(300) + ["[INST] <<SYS>> <</SYS>> [/INST]"] * 50), vocab_size=440,
+        model_prefix=str(folder / "tokenizer"), model_type="bpe", byte_fallback=True, unk_id=0, bos_id=1, eos_id=2,
+        character_coverage=0.99, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    (folder / "tokenizer.vocab").unlink()
+    return folder
+
+
+def tiny_llama2(folder):
+    """Writes the pieces of `tiny_sentencepiece` as a tokenizer.json, as Llama 2's is made of its pieces."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tiny_sentencepiece(folder) / "tokenizer.model"))
+    (folder / "tokenizer.model").unlink()
+    ids = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    merges = [(piece[:cut], piece[cut:]) for piece in sorted(ids, key=lambda piece: -pieces.get_score(ids[piece]))
+              if ids[piece] > 258 for cut in range(1, len(piece)) if {piece[:cut], piece[cut:]} <= set(ids)]
+    tokenizer = tokenizers.Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
 
 # ----- models beside transformers ------------------------------------------------------------------------------------
 

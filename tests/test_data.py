@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from conftest import ROOT, say
+from conftest import ROOT, say, tiny_vocabulary
 
 from data import Tokenizer, check_vocabulary, render_chat, stream_text, training_example
 from files import InputError
@@ -137,6 +137,99 @@ def test_exactly_one_bos_and_the_prompt_is_a_prefix(vocabulary, bos, request):
             if bos:
                 exchanges = sum(message["role"] == "user" for message in messages)
                 assert whole.count(ours.special[bos]) == (exchanges if vocabulary == "llama2" else 1)
+
+# ----- the folder's own template -------------------------------------------------------------------------------------
+
+BLOCK = "{% if loop.first and messages[0]['role'] != 'system' %}{{ SYSTEM }}{% endif %}"
+TURNS = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+GIVEN = ("{% if messages[0]['role'] == 'system' %}{% set system_message = messages[0]['content'] %}{% endif %}"
+         "{% if system_message is defined %}{{ '<|im_start|>system\n' + system_message + '<|im_end|>\n' }}{% endif %}"
+         "{% for message in messages if message['role'] != 'system' %}" + TURNS)
+# of folders that carry ChatML, as they are found in public: the source, and the default system text
+CHATML_FOLDERS = {
+    "none": ("{% for message in messages %}" + TURNS, None),
+    "between the control tokens": ("{% for message in messages %}" + BLOCK.replace(
+        "SYSTEM", "'<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n'") + TURNS,
+        "You are a helpful assistant."),
+    "in other quotation marks": ("{% for message in messages %}" + BLOCK.replace(
+        "SYSTEM", '"<|im_start|>system\\nYou\'re \\"it\\".\\n<|im_end|>\\n"') + TURNS, "You're \"it\".\n"),
+    "twice": (
+        "{%- if tools %}{{- '<|im_start|>system\\n' }}{%- if messages[0]['role'] == 'system' %}"
+        "{{- messages[0]['content'] }}{%- else %}{{- 'You are Q.' }}{%- endif %}{{- '\\n\\n# Tools<|im_end|>\\n' }}"
+        "{%- elif messages[0]['role'] == 'system' %}"
+        "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
+        "{%- else %}{{- '<|im_start|>system\\nYou are Q.<|im_end|>\\n' }}{%- endif %}"
+        "{% for message in messages if message['role'] != 'system' %}" + TURNS, "You are Q."),
+    "outside of the brackets": (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nIt's late.<|im_end|>\n{% endif %}"
+        "{% for message in messages %}" + TURNS, "It's late."),
+    "a variable": ("{% set system_message = 'Be kind.' %}" + GIVEN, "Be kind."),
+    "a variable without a default": (GIVEN, None),
+    "a message": ("{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': 'Hm.'}] + "
+                  "messages %}{% endif %}{% for message in messages %}" + TURNS, "Hm."),
+    "an empty one": ("{% for message in messages %}" + BLOCK.replace(
+        "SYSTEM", "'<|im_start|>system\\n<|im_end|>\\n'") + TURNS, ""),
+}
+
+
+def with_template(folder, template, *vocabularies, **settings):
+    """A folder with a vocabulary of ChatML, and of others, and this chat template in tokenizer_config.json."""
+    tiny_vocabulary(folder, "chatml", *vocabularies)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, **settings}))
+    return folder
+
+
+@pytest.mark.parametrize("name", CHATML_FOLDERS)
+def test_the_default_system_text_is_the_folders_own(tmp_path, name):
+    """Against transformers, which runs the template."""
+    source, text = CHATML_FOLDERS[name]
+    ours = Tokenizer.from_dir(with_template(tmp_path, source))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert ours.default_system == text
+    for messages in (say("What is fever?", "Heat."), say("What is fever?", "Heat.", system="Be brief.")):
+        expected = theirs.apply_chat_template(messages, chat_template=source, tokenize=False)
+        assert ours.decode(render_chat(ours, messages)[0]) == expected
+
+
+def test_a_base_models_folder_has_no_system_text(tmp_path):
+    ours = Tokenizer.from_dir(tiny_vocabulary(tmp_path, "chatml"))
+    assert ours.decode(render_chat(ours, say("Q"), True)[0]) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_template_taken_is_the_one_that_transformers_takes(tmp_path):
+    """chat_template.jinja before tokenizer_config.json, and of named ones the default."""
+    sources = [CHATML_FOLDERS[name][0] for name in ("a message", "a variable", "an empty one")]
+    named = [{"name": name, "template": source} for name, source in zip(("rag", "default"), sources)]
+    with_template(tmp_path, named, tokenizer_class="PreTrainedTokenizerFast")
+    for text in "Be kind.", "":
+        ours, theirs = Tokenizer.from_dir(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert ours.default_system == text
+        assert theirs.apply_chat_template(say("Q"), tokenize=False) == ours.decode(render_chat(ours, say("Q"))[0])
+        (tmp_path / "chat_template.jinja").write_text(sources[2])
+
+
+@pytest.mark.parametrize("template, found", [
+    ("{% for message in messages %}{{ '<|user|>' + message['content'] }}{% endfor %}", r"has no <\|im_start\|>"),
+    ("{{ bos_token }}" + CHATML_FOLDERS["none"][0], "writes bos_token or the day's date"),
+    ("{% set day = strftime_now('%d') %}" + CHATML_FOLDERS["none"][0], "writes bos_token or the day's date"),
+    (BLOCK.replace("SYSTEM", "'<|im_start|>system\\nYou are ' + name + '<|im_end|>\\n'") + TURNS, "depends on more"),
+    ("{{ '<|im_start|>system\\n' }}{% if x %}{{ 'A' }}{% endif %}{{ '<|im_end|>' }}" + TURNS, "depends on more"),
+    (CHATML_FOLDERS["a variable"][0] + CHATML_FOLDERS["a message"][0], "depends on more"),
+    ([{"name": "rag", "template": "x"}], "chat_template is of type list; expected Jinja text, or"), (3, "of type int")])
+def test_a_template_that_cannot_be_followed_is_refused_by_name(tmp_path, template, found):
+    with pytest.raises(InputError, match=found) as error:
+        Tokenizer.from_dir(with_template(tmp_path, template))
+    assert str(error.value).startswith(str(tmp_path / "tokenizer_config.json")) and "\n" not in str(error.value)
+
+
+def test_the_template_decides_where_a_vocabulary_serves_two(tmp_path):
+    """Fine-tunes of Llama 3 that speak ChatML keep Llama 3's control tokens in their vocabulary."""
+    with_template(tmp_path, CHATML_FOLDERS["none"][0], "llama3")
+    ours = Tokenizer.from_dir(tmp_path)
+    assert ours.decode(render_chat(ours, say("Q"))[0]) == "<|im_start|>user\nQ<|im_end|>\n"
+    assert ours.end_of_turn() == ours.special["<|im_end|>"]
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert Tokenizer.from_dir(tmp_path).template == "llama3"
 
 # ----- text that looks like control tokens ---------------------------------------------------------------------------
 

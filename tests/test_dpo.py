@@ -403,7 +403,7 @@ def change_a_weight(model):
 @pytest.mark.parametrize("what, change", [
     ("weights", "model"), ("data", "data"), ("template", "template"), ("max_length", ["--max-length", 300]),
     ("dtype", ["--dtype", "fp32"]), ("pairs", ["--val-rows", 5, "--rows", 20])])
-def test_a_stale_reference_is_refused(base, pairs_file, trained, tmp_path, monkeypatch, what, change):
+def test_a_stale_reference_is_refused(base, pairs_file, trained, tmp_path, what, change):
     out = tmp_path / "out"
     out.mkdir()
     shutil.copy(trained / "reference.safetensors", out)
@@ -414,7 +414,9 @@ def test_a_stale_reference_is_refused(base, pairs_file, trained, tmp_path, monke
     if change == "data":
         pairs_file = write_jsonl(tmp_path / "pairs.jsonl", [*pair_rows(45), {**pair_rows(1, 45)[0], "chosen": "Hm."}])
     if change == "template":
-        monkeypatch.setattr(data, "CHATML_SYSTEM", "Be brief.")
+        model = shutil.copytree(base, tmp_path / "model")
+        settings = model / "tokenizer_config.json"
+        settings.write_text(settings.read_text().replace("named SmolLM", "named Smol"))
     with pytest.raises(InputError, match=rf"reference.safetensors: computed with another .*{what}.*; expected the"):
         dpo.main(arguments(model, pairs_file, out, *more))
     assert not (out / "metrics.jsonl").exists()

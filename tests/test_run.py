@@ -4,19 +4,22 @@ Its flags, its plan and its resumed runs are tested as a user meets them, in tes
 """
 import json
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import CONFIG, ROOT, TEXTS, tiny_llama2, tiny_sentencepiece, tiny_vocabulary
 from safetensors.torch import load_file
 
 import model as M
 import run
 import train
-from data import Tokenizer
+from data import LLAMA3_SYSTEM, Tokenizer, render_chat
 from files import InputError
+from generate import generate
 from parallel import World
 from weights import checkpoint_names, parameter_count, stop_ids_of
 
@@ -89,6 +92,217 @@ def test_a_plan_needs_no_weights(base, tmp_path):
         args = SimpleNamespace(model=tmp_path, dry_run=dry_run, inspect=None)
         with nullcontext() if dry_run else pytest.raises(InputError, match="no such file; expected model"):
             assert run.config_of(args) == M.LlamaConfig.from_json(base / "config.json")
+
+# ----- the prompt that is served -------------------------------------------------------------------------------------
+
+
+def said(*turns, system=None):
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return messages + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+TALKS = [said("What is fever?"), said("two\n\nlines 12.5 mg"), said("Hi", "Hello.", "Dose?", "75–325 mg.\n\n1. Ask"),
+         said("急性心梗?", "胸痛 🙂", "And now?", system="Be brief."), said("So?", "Yes.", system=" spaced "),
+         said("Is 5 mg ok?", system="")]
+# Llama 3.1's own, with the date of the day where the clock can be asked
+CLOCK = """{{- bos_token }}
+{%- set date_string = strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024" %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Cutting Knowledge Date: December 2023\\n" }}{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
+"""
+# Llama 2's own, as transformers wrote it into many folders
+INST = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}"
+    "{% elif false == true and not '<<SYS>>' in messages[0]['content'] %}{% set loop_messages = messages %}"
+    "{% set system_message = 'You are a helpful, respectful and honest assistant.' %}"
+    "{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
+    "{% for message in loop_messages %}{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
+CHATML = ("{% for message in messages %}BLOCK{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+          "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+LADY = CHATML.replace("BLOCK", "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n"
+                      "You\\'re Zoë, \"a\" helper.<|im_end|>\n' }}{% endif %}")
+# name: (how its vocabulary is made, other files of the folder that is trained, the default system text)
+BASES = {
+    "ChatML, with another default": (lambda folder: tiny_vocabulary(folder, "chatml"), {
+        "tokenizer_config.json": {
+            "tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>", "eos_token": "<|endoftext|>",
+            "chat_template": [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": LADY}]},
+        "special_tokens_map.json": {"eos_token": {"content": "<|endoftext|>"}}}, "You're Zoë, \"a\" helper."),
+    "ChatML, of a base model": (lambda folder: tiny_vocabulary(folder, "chatml"), {
+        "tokenizer_config.json": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+        "generation_config.json": {"eos_token_id": 0, "temperature": 0.6}}, None),
+    "Llama 3.1": (lambda folder: tiny_vocabulary(folder, "llama3"), {
+        "chat_template.jinja": CLOCK, "tokenizer_config.json": {
+            "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "chat_template": "{{ messages }}"}},
+        LLAMA3_SYSTEM),
+    "Llama 3": (lambda folder: tiny_vocabulary(folder, "llama3"), {
+        "tokenizer_config.json": {"bos_token": "<|begin_of_text|>", "chat_template": "{{ bos_token }}"
+                                  "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+                                  "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"}},
+        None),
+    "Llama 2": (tiny_sentencepiece, {}, None),
+    "Llama 2, as tokenizer.json": (tiny_llama2, {"tokenizer_config.json": {
+        "tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>", "chat_template": INST}}, None),
+}
+
+
+@pytest.fixture(scope="session", params=BASES)
+def served(request, tmp_path_factory):
+    """(name, the tokenizer by which a tiny random model was trained, the folder to which it was exported in fp32)."""
+    folder, (write_vocabulary, files, _) = tmp_path_factory.mktemp("served"), BASES[request.param]
+    tokenizer = Tokenizer.from_dir(write_vocabulary(folder / "source"))
+    config = replace(CONFIG, vocab_size=tokenizer.size, hidden_size=32, tie_word_embeddings=True)
+    model = M.Llama(config).init_weights(3)
+    with torch.no_grad():  # far from the first weights, so that logits lie apart
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    M.save_model(model, folder / "model")
+    for path in (folder / "model").iterdir():
+        path.rename(folder / "source" / path.name)
+    for path, value in files.items():
+        (folder / "source" / path).write_text(value if isinstance(value, str) else json.dumps(value))
+    trained = Tokenizer.from_dir(folder / "source")
+    export(folder / "source", folder / "exported")
+    return request.param, trained, folder / "exported"
+
+
+def export(source, out):
+    training = train.load_training(source, World(0, 1, torch.device("cpu")), dtype=torch.float32)
+    run.export_model(training, out, source=source, dtype=torch.float32, card="a card")
+
+
+def test_transformers_gives_the_prompt_that_was_trained(served):
+    """Through apply_chat_template, through its text, and through our own reader (next stage, test-time training)."""
+    name, trained, folder = served
+    if name == "Llama 2":
+        pytest.importorskip("google.protobuf")  # by which transformers reads a tokenizer.model
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer.from_dir(folder)
+    assert trained.default_system == ours.default_system == BASES[name][2] and trained.template == ours.template
+    for talk in TALKS:
+        for ask in (True, False) if talk[-1]["role"] == "user" else (False,):
+            ids, _ = render_chat(trained, talk, add_generation_prompt=ask)
+            text = theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=ask)
+            assert theirs.apply_chat_template(talk, add_generation_prompt=ask).input_ids == ids, text
+            assert theirs(text, add_special_tokens=False).input_ids == ids
+            assert render_chat(ours, talk, add_generation_prompt=ask)[0] == ids
+    assert isinstance(theirs.chat_template, str)  # no other by name
+    assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"] == theirs.chat_template
+
+
+def test_transformers_stops_where_the_trained_turn_ends(served):
+    """Also where the base model's own eos_token is another: its generate, its tokenizer's eos_token, its config."""
+    name, trained, folder = served
+    end, model = trained.end_of_turn(), transformers.AutoModelForCausalLM.from_pretrained(folder)
+    prompt = render_chat(trained, TALKS[0], add_generation_prompt=True)[0]
+
+    def always_end(ids, scores):
+        return torch.full_like(scores, -1e4).index_fill_(1, torch.tensor([end]), 0)
+    answer = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=4, logits_processor=[always_end])
+    assert answer[0, len(prompt):].tolist() == [end]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == trained.decode([end])
+    if name != "Llama 2":
+        assert transformers.AutoTokenizer.from_pretrained(folder).eos_token_id == end
+    ids = transformers.AutoConfig.from_pretrained(folder).eos_token_id
+    assert set(ids if isinstance(ids, list) else [ids]) == stop_ids_of(folder) >= {end}
+    if name == "ChatML, of a base model":
+        assert stop_ids_of(folder) == {0, end} and model.generation_config.temperature == 0.6
+
+
+def write_gguf(folder, path):
+    """Converts an exported folder to a GGUF file in F32, as llama.cpp's converter does.
+
+    Names of tensors, special tokens, merges and the chat template are found by the converter's own library. Rows of q
+    and k are put in llama.cpp's order: of each head, row i of the lower half and row i of the upper one in turn.
+    """
+    import gguf
+    config, writer = M.LlamaConfig.from_json(folder / "config.json"), gguf.GGUFWriter(path, "llama")
+    for key, value in {
+            "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
+            "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
+            "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
+            "key_length": config.head_dim, "value_length": config.head_dim, "rope_dimension_count": config.head_dim,
+            "rope_freq_base": config.rope_theta, "layer_norm_rms_eps": config.rms_norm_eps,
+            "file_type": gguf.LlamaFileType.ALL_F32, "vocab_size": config.vocab_size}.items():
+        getattr(writer, f"add_{key}")(value)
+    raw = json.loads((folder / "tokenizer.json").read_text()) if (folder / "tokenizer.json").is_file() else None
+    if raw:
+        control = {token["id"] for token in raw["added_tokens"]}
+        tokens = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("llama-bpe" if "<|eot_id|>" in tokens else "smollm")
+        types = [gguf.TokenType.CONTROL if i in control else gguf.TokenType.NORMAL for i in range(len(tokens))]
+    else:
+        tokens, scores, types = zip(*gguf.vocab.SentencePieceVocab(folder).all_tokens())
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(scores)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    gguf.SpecialVocab(folder, load_merges=bool(raw), n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in load_file(folder / "model.safetensors").items():
+        for part, heads in ("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads):
+            if part in name:
+                weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def check_llama_cpp(trained, folder, path, talks):
+    """llama.cpp on the converted folder: the prompts that were trained, and 32 greedy tokens after each as ours."""
+    pytest.importorskip("gguf")
+    llama_cpp = pytest.importorskip("llama_cpp")
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+    write_gguf(folder, path)
+    theirs = llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False,
+                             type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)
+    bos, eos = theirs.token_bos(), theirs.token_eos()
+    assert eos == trained.end_of_turn()
+    template = Jinja2ChatFormatter(theirs.metadata["tokenizer.chat_template"], bos_token=trained.decode([bos]),
+                                   eos_token=trained.decode([eos]))
+    ours = M.load_model(folder, dtype=torch.float32)
+    for talk in talks:
+        prompt = theirs.tokenize(template(messages=talk).prompt.encode(), add_bos=False, special=True)
+        assert prompt == render_chat(trained, talk, add_generation_prompt=True)[0]
+        answer = list(islice(theirs.generate(prompt, temp=0.0, top_k=1), 32))
+        assert answer == list(generate(ours, prompt, max_new_tokens=32, temperature=0)) and len(set(answer)) > 4
+        theirs.reset()
+
+
+def test_llama_cpp_gives_the_prompt_and_the_answer_that_were_trained(served, tmp_path):
+    """Ollama and LM Studio run llama.cpp. Its F32 arithmetic is not ours: a random model's logits lie far apart."""
+    name, trained, folder = served
+    if "json" in name:
+        pytest.skip("the same pieces as Llama 2, whose converter reads tokenizer.model")
+    check_llama_cpp(trained, folder, tmp_path / "model.gguf", [talk for talk in TALKS if talk[-1]["role"] == "user"])
+
+
+@pytest.mark.heavy
+def test_llama_cpp_answers_as_the_real_model_does(smollm2, tmp_path):
+    export(smollm2, tmp_path / "exported")
+    talks = [said(text) for text in TEXTS[:3]] + [said("Name a bone.", system="Answer in one word.")]
+    check_llama_cpp(Tokenizer.from_dir(smollm2), tmp_path / "exported", tmp_path / "model.gguf", talks)
 
 # ----- memory --------------------------------------------------------------------------------------------------------
 
