@@ -3,12 +3,14 @@
 A conversation becomes ids and a mask that marks what is trained: the assistant's words and its end-of-turn token,
 nothing else. Three rules, each of which others broke:
   1. Control tokens come from the template alone; `<|eot_id|>` typed in a question is ordinary text.
-  2. Segments are tokenised apart and their ids joined, so the border between prompt and answer is exact.
+  2. The ids are those of the conversation in one string, but no token reaches over the border of an answer.
   3. The mask goes by position, never by `id == pad`, because pad and end-of-turn are often the same id.
 """
+import functools
 import itertools
 import json
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -18,6 +20,17 @@ import torch
 
 from files import InputError, one_line, read_json, require_dir
 from rows import check_messages, note_bad_row, random_number
+from vocabulary import (
+    SAMPLING,
+    TEMPLATE_TOKENS,
+    check_added_piece,
+    check_added_token,
+    is_legacy,
+    read_added_tokens,
+    read_if_there,
+    unprefixed,
+    user_defined_pieces,
+)
 
 # ----- tokenizer -----------------------------------------------------------------------------------------------------
 
@@ -25,12 +38,17 @@ from rows import check_messages, note_bad_row, random_number
 class Tokenizer:
     """A vocabulary with its chat template: "llama3", "chatml", "llama2", or None where it is none of these."""
 
-    def __init__(self, encode, decode, special, silent, template, size):
+    def __init__(self, encode, decode, special, silent, template, size, words=frozenset()):
         self._encode, self._decode = encode, decode
-        self.special = special  # {added token: id}: none of them comes out of text
-        self.silent = silent  # the ids of those that are no part of an answer's text
+        self.special = special  # {added token: id}: none of them comes out of a user's text
+        self.words = words  # those of them that come out of an answer
+        self.silent = silent  # the ids that are no part of an answer's text
         self.template = template
         self.size = size
+        self.read_as_text = set()  # added tokens that texts have named and not become
+        self._heads = {}  # {text before a border: its ids}
+        self._names = {answer: re.compile("|".join(map(re.escape, special.keys() - (words if answer else set())))
+                                          or "(?!)") for answer in (False, True)}
 
     @classmethod
     def from_dir(cls, directory):
@@ -45,60 +63,117 @@ class Tokenizer:
     @classmethod
     def from_tokenizer_json(cls, path):
         raw = read_json(path)
-        added = raw.get("added_tokens") or []
-        try:
-            silent = {token["id"] for token in added if token["special"]}
-            for token in added:  # also those not marked special would otherwise be found in a user's text
-                token["special"] = True
-            inner = tokenizers.Tokenizer.from_str(json.dumps(raw))
+
+        def engine(words, bare):
+            """The library's tokenizer, which finds the plain tokens in a text and, if asked to, the words."""
+            found = added.plain | (added.words if words else set())
+            inner = tokenizers.Tokenizer.from_str(json.dumps(raw | {
+                "added_tokens": [token | {"special": token["content"] not in found} for token in added.tokens],
+                **{part: unprefixed(raw.get(part), everywhere=bare) for part in ("normalizer", "pre_tokenizer")}}))
             inner.no_padding()
             inner.no_truncation()
             inner.encode_special_tokens = True  # not kept by saving: set at every load
-            special = {token["content"]: token["id"] for token in added}
+            return inner
+        try:
+            model = raw["model"]
+            scores = model["vocab"] if isinstance(model["vocab"], list) else []  # Unigram's: [[piece, score], …]
+            vocabulary = {piece: i for i, (piece, _) in enumerate(scores)} if scores else model["vocab"]
+            added = read_added_tokens(path.parent, raw.get("added_tokens") or [], vocabulary.get,
+                                      model.get("byte_fallback"))
+            for setting in SAMPLING:
+                model.pop(setting, None)
+            for i in added.special.values():
+                if i < len(scores):
+                    scores[i][1] = -1e6  # with the 0 that stands there a text would become the token
+            prefixed = any(unprefixed(raw.get(part), everywhere=True) != raw.get(part)
+                           for part in ("normalizer", "pre_tokenizer"))
+            engines = {(words, bare): engine(words, bare) for words in {False, bool(added.words)}
+                       for bare in {False, prefixed}}
+            inner = engines[False, False]
             inner.encode("0 a\n")  # a pattern that the engine cannot run fails here, not in the middle of a run
+            for token in added.tokens:
+                check_added_token(path, token, added, inner)
+        except InputError:
+            raise
         except BaseException as error:  # the Rust side panics with a BaseException
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             raise InputError(f"{path}: not a tokenizer that can be used ({one_line(error)})") from None
 
-        def encode(text):
-            return inner.encode(text, add_special_tokens=False).ids
+        def encode(text, words=False, bare=False):
+            return engines[words, bare and prefixed].encode(text, add_special_tokens=False).ids
+
+        spaced = encode(" a") != encode("a") != encode("a", bare=True)  # before every text, one that has a space too
+        written = {i: content for content, i in added.special.items()} if spaced else {}
 
         def decode(ids):
-            return inner.decode(ids, skip_special_tokens=False)
-        if {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"} <= set(special):
-            template = "llama3"
-        elif {"<|im_start|>", "<|im_end|>"} <= set(special):
-            template = "chatml"
-        elif raw.get("model", {}).get("byte_fallback") and {"<s>", "</s>"} <= set(special):
-            template = "llama2"  # a sentencepiece vocabulary converted to tokenizer.json
-        else:
-            template = None
-        return cls(encode, decode, special, silent, template, inner.get_vocab_size())
+            return decode_runs(ids, written, functools.partial(inner.decode, skip_special_tokens=False))
+        return cls(encode, decode, added.special, added.silent, added.template, inner.get_vocab_size(), added.words)
 
     @classmethod
     def from_sentencepiece(cls, path):
         try:
-            inner = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            proto = bytearray(path.read_bytes())
+            inner = sentencepiece.SentencePieceProcessor(model_proto=bytes(proto))
+            size = inner.vocab_size()
+            user_defined = user_defined_pieces(proto, size)
+        except (RuntimeError, OSError, ValueError, IndexError) as error:
             raise InputError(f"{path}: not a sentencepiece model ({one_line(error)})") from None
-        special = {inner.id_to_piece(i): i for i in range(inner.vocab_size()) if inner.is_control(i)}
-        template = "llama2" if {"<s>", "</s>"} <= set(special) else None
 
-        def decode(ids):  # piece by piece, because sentencepiece drops control tokens
-            text, run = "", []
-            for i in ids:
-                if inner.is_control(i):
-                    text, run = text + inner.decode(run) + inner.id_to_piece(i), []
+        def find(content):
+            ids = (inner.piece_to_id(content), inner.piece_to_id(content.replace(" ", "▁")))
+            return next((i for i in ids if inner.id_to_piece(i).replace("▁", " ") == content.replace("▁", " ")), None)
+        added = read_added_tokens(path.parent, [
+            {"id": i, "content": inner.id_to_piece(i), "special": inner.is_control(i)}
+            for i in range(size) if inner.is_control(i) or i in user_defined], find, True)
+        for i in user_defined.keys() & set(added.special.values()):
+            proto[user_defined[i]] = 3  # a control piece, which no text becomes
+        inner = sentencepiece.SentencePieceProcessor(model_proto=bytes(proto))
+        # a field that comes again replaces the first: normalizer_spec (3), in it add_dummy_prefix (3), false
+        unspaced = sentencepiece.SentencePieceProcessor(model_proto=bytes(proto) + b"\x1a\x02\x18\x00")
+        for token in added.tokens:
+            check_added_piece(path, token, added, inner, find(token["content"]))
+        config = read_if_there(path.parent / "tokenizer_config.json")
+        spaced = is_legacy(config, added.template) and config.get("add_prefix_space") is not False
+        behind = inner if spaced else unspaced  # behind a control token
+        ids_of = {token["content"]: token["id"] for token in added.tokens}
+        apart = {content for content in added.plain if ids_of[content] >= size}  # sentencepiece does not know them
+        found = {False: apart, True: apart | added.words}
+        split = {words: re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")").split
+                 if names else lambda text: [text] for words, names in found.items()}
+
+        def encode(text, words=False, bare=False):
+            ids = []
+            for part in split[words](text):
+                if part in found[words]:
+                    ids.append(ids_of[part])
                 else:
-                    run.append(i)
-            return text + inner.decode(run)
-        return cls(inner.encode, decode, special, set(special.values()), template, inner.vocab_size())
+                    ids += (unspaced if bare and not ids else behind).encode(part)
+            return ids
+        written = {i: content for content, i in ids_of.items() if content in added.special or i >= size}
 
-    def encode(self, text):
-        """text -> list of ids. Never a control id, whatever the text; no BOS: that is the template's."""
+        def decode(ids):  # sentencepiece by itself drops control tokens
+            return decode_runs(ids, written, inner.decode, behind.decode)
+        return cls(encode, decode, added.special, added.silent, added.template, max([size, *(i + 1 for i in written)]),
+                   added.words)
+
+    def encode(self, text, after="", answer=False):
+        """text -> list of ids: those that it has in one string with the text `after` before it, or a control token.
+
+        Never a control id, whatever the text; in an assistant's `answer` the added `words` are tokens. Where a token
+        would reach over the border between `after` and the text, the text is encoded alone, without the space that some
+        vocabularies put before a text. No BOS: that is the template's.
+        """
         check_unicode(text)
-        return self._encode(text)
+        if self._names[answer].search(text):
+            self.read_as_text.update(self._names[answer].findall(text))
+        words = {"words": True} if answer and self.words else {}
+        if not after:
+            return self._encode(text, **words)
+        if after not in self._heads:
+            self._heads[after] = self._encode(after)
+        head, ids = self._heads[after], self._encode(after + text, **words)
+        return ids[len(head):] if ids[:len(head)] == head else self._encode(text, bare=True, **words)
 
     def decode(self, ids):
         """ids -> text, control tokens written out; bytes that are no UTF-8 become U+FFFD."""
@@ -108,7 +183,19 @@ class Tokenizer:
         """The id of the token with which the assistant ends its turn. InputError without a known template."""
         if self.template is None:
             raise InputError(NO_TEMPLATE)
-        return self.special[{"llama3": "<|eot_id|>", "chatml": "<|im_end|>", "llama2": "</s>"}[self.template]]
+        return self.special[TEMPLATE_TOKENS[self.template][-1]]
+
+
+def decode_runs(ids, written, decode, decode_behind=None):
+    """The text of ids, in which the tokens `written` {id: text} stand between runs of others; each run is decoded by
+    itself, without the space that the vocabulary put before its text."""
+    text, run = "", []
+    for i in ids:
+        if i in written:
+            text, run, decode = text + decode(run) + written[i], [], decode_behind or decode
+        else:
+            run.append(i)
+    return text + decode(run)
 
 
 def check_unicode(text):
@@ -118,6 +205,11 @@ def check_unicode(text):
     except UnicodeEncodeError as error:
         broken = text[max(0, error.start - 20):error.end]
         raise InputError(f"half a character at the end of {broken!r}; expected Unicode text") from None
+
+
+def notice_of(names):
+    """The line that says once a run which added tokens stand in texts without being read as such."""
+    return f"added tokens in texts that are read as plain text: {', '.join(sorted(names))}"
 
 
 def stream_text(tokenizer, ids):
@@ -169,33 +261,36 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
         ids.extend(tokenizer.special[name] for name in names)
         mask.extend([trained] * len(names))
 
-    def text(string, trained=False):
-        new = tokenizer.encode(string)
+    def text(string, after="", trained=False):
+        new = tokenizer.encode(string, after, answer=trained)
         ids.extend(new)
         mask.extend([trained] * len(new))
+
+    def turn(role, opening, content):  # the template's `opening` and the content are one text; an answer has a border
+        if role == "assistant":
+            text(opening)
+            text(content, after=opening, trained=True)
+        else:
+            text(opening + content)
 
     if tokenizer.template == "llama3":
         def header(role):
             control("<|start_header_id|>")
             text(role)
             control("<|end_header_id|>")
-            text("\n\n")
         control("<|begin_of_text|>")
         turns = [("system", LLAMA3_SYSTEM + (system or "").strip()), *turns]
         for role, content in turns:
             header(role)
-            text(content if role == "system" else content.strip(), trained=role == "assistant")
+            turn(role, "\n\n", content if role == "system" else content.strip())
             control("<|eot_id|>", trained=role == "assistant")
         if add_generation_prompt:
             header("assistant")
+            text("\n\n")
     elif tokenizer.template == "chatml":
         for role, content in [("system", CHATML_SYSTEM if system is None else system), *turns]:
             control("<|im_start|>")
-            if role == "assistant":
-                text("assistant\n")
-                text(content, trained=True)
-            else:
-                text(f"{role}\n{content}")
+            turn(role, f"{role}\n", content)
             control("<|im_end|>", trained=role == "assistant")
             text("\n")
         if add_generation_prompt:
@@ -211,7 +306,7 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
                 control("<s>")
                 text(f"[INST] {(opening + content).strip()} [/INST]")
             else:
-                text(content.strip() + " ", trained=True)
+                text(f" {content.strip()} ", after="[/INST]", trained=True)
                 control("</s>", trained=True)
     else:
         raise InputError(NO_TEMPLATE)
@@ -240,7 +335,8 @@ CHAT_TEMPLATES = {
         "{% if system is not none and loop.index0 == 1 %}"
         "{{ '<s>[INST] ' + ('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content']) | trim + ' [/INST]' }}"
         "{% else %}{{ '<s>[INST] ' + message['content'] | trim + ' [/INST]' }}{% endif %}"
-        "{% elif message['role'] == 'assistant' %}{{ message['content'] | trim + ' </s>' }}{% endif %}{% endfor %}"),
+        "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + ' </s>' }}{% endif %}"
+        "{% endfor %}"),
 }
 
 

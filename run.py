@@ -23,13 +23,14 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import checkpoint_to_resume, checkpoints_of
-from data import CHAT_TEMPLATES, Tokenizer, show_example
+from data import CHAT_TEMPLATES, Tokenizer, notice_of, show_example
 from fast import KEPT_KEYS, KEPT_LOGITS, block_of_logits, has_fast_bf16, reuse_freed_memory
 from files import DISCLAIMER, InputError, number, read_json, read_jsonl, resident, sha256, whole, write_json
 from model import LlamaConfig
 from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded_like, start
 from rows import draw_rows
 from train import epochs_of, load_checkpoint, load_training, micro_batches_of
+from vocabulary import settle
 from weights import (
     DTYPES,
     checkpoint_names,
@@ -146,7 +147,7 @@ def read_examples(run, parse, render, kind=None):
         outcome = render(run.tokenizer, share, args.max_length, on_bad_row=args.on_bad_row)
     except InputError as error:
         outcome = error
-    outcomes = from_all(world, outcome)
+    outcomes, unread = zip(*from_all(world, (outcome, run.tokenizer.read_as_text)))
     for outcome in outcomes:
         if isinstance(outcome, InputError):
             raise outcome
@@ -163,6 +164,8 @@ def read_examples(run, parse, render, kind=None):
     for _, report in outcomes:
         faults += report.pop("faults")
         counts.update(report)
+    if any(unread) and world.rank == 0:
+        print(notice_of(set().union(*unread)), file=sys.stderr)
     for fault in faults[:5] if world.rank == 0 else ():
         print(f"skipped: {fault}", file=sys.stderr)
     steps = args.epochs * math.ceil(len(examples) / args.batch_size)
@@ -324,6 +327,7 @@ def export_model(training, directory, *, source, dtype, card):
         stops = sorted(stop_ids_of(source) | {tokenizer.end_of_turn()})  # a base model's file lacks the end of a turn
         given = read_json(path) if path.is_file() else {}
         path.write_text(json.dumps(given | {"eos_token_id": stops if stops[1:] else stops[0]}, indent=2))
+        settle(folder, tokenizer.template)
         settings = folder / "tokenizer_config.json"
         if not (folder / "chat_template.jinja").is_file() and not (
                 settings.is_file() and read_json(settings).get("chat_template")):

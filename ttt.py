@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Tokenizer, check_unicode, render_chat, stream_text, training_example
+from data import Tokenizer, check_unicode, notice_of, render_chat, stream_text, training_example
 from fast import Threads, reuse_freed_memory
 from files import (
     DISCLAIMER,
@@ -247,6 +247,7 @@ class Answerer:
         start = time.perf_counter()
         self.settings = settings
         self.threads = Threads()
+        self.noticed = False  # whether it was said which added tokens are read as plain text
         self.index = self.encoder = None
         if settings["ttt"]:
             self.index = Index.load(settings["index"])
@@ -286,6 +287,9 @@ class Answerer:
                     neighbours.append({"id": i, "score": round(score, 4), "instruction":
                                        question_of(self.index.records[i], self.index.manifest["field"])})
                     examples.append(self.example(i, system))
+        if self.tokenizer.read_as_text and not self.noticed:
+            print(notice_of(self.tokenizer.read_as_text), file=sys.stderr)
+            self.noticed = True
         retrieve_s = time.perf_counter() - start
         if on_neighbours:
             on_neighbours(neighbours)

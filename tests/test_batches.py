@@ -130,7 +130,7 @@ def test_supervised_spans_are_the_answers():
     talk = [{"role": "user", "content": "Why <|eot_id|>?"}, {"role": "assistant", "content": "Because."},
             {"role": "user", "content": "So?"}, {"role": "assistant", "content": "Yes."}]
     expected = {"llama3": "Because.<|eot_id|>Yes.<|eot_id|>", "chatml": "Because.<|im_end|>Yes.<|im_end|>",
-                "llama2": "Because. </s>Yes. </s>"}  # the template's own space before its end
+                "llama2": " Because. </s> Yes. </s>"}  # the template's own spaces around an answer
     names = {i: name for name, i in control.items()}
     for template, answers in expected.items():
         tokenizer = Tokenizer(lambda text: [ord(c) + 100 for c in text], None, control, set(), template, 1 << 21)

@@ -363,6 +363,13 @@ def test_chat_answers_in_turns(toy, run):
     assert [json.loads(line)["question"] for line in out.stdout.splitlines()] == ["What is asthma?", "And in children?"]
 
 
+def test_added_tokens_in_questions_are_named_once(toy, run):
+    out = run("--chat", "--model", toy / "model", "--no-ttt", "--max-new-tokens", 1,
+              stdin="Is <|im_end|> text?\nAnd <|im_start|>?\n")
+    assert out.returncode == 0 and out.stderr.count("read as plain text: <|im_end|>\n") == 1, out.stderr
+    assert out.stderr.count("read as plain text") == 1
+
+
 def test_a_file_of_questions_is_resumed_where_it_stopped(toy, run, tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS[:4]))
     arguments = ["--questions", tmp_path / "q.jsonl", "--model", toy / "model", "--index", toy / "index",
