@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import collate_pairs, render_chat, render_pairs, rows_of_pair, split_step
+from chat import render_chat
+from data import collate_pairs, render_pairs, rows_of_pair, split_step
 from fast import causal_attention, has_fast_bf16, return_freed_memory
 from files import InputError, Parser, number, parse_json, run_main, sha256, written_aside
 from parallel import all_sum, computed_on_rank_0, from_all, stop

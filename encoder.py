@@ -30,9 +30,9 @@ from tokenizers import Tokenizer, normalizers
 from torch import nn
 from tqdm import tqdm
 
-from data import check_unicode
 from files import InputError, read_json, require_dir, sha256
 from parallel import pick_device
+from tokenizer import check_unicode
 from weights import checkpoint_files, open_safetensors
 
 BGE_QUERY_INSTRUCTION = "Represent this sentence for searching relevant passages: "  # the model cards of bge-*-en-v1.5

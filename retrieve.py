@@ -26,7 +26,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from data import check_unicode
 from encoder import Encoder
 from files import (
     InputError,
@@ -42,6 +41,7 @@ from files import (
 )
 from parallel import from_all, interleaved_on_rank_0, start, stop
 from rows import messages_of, question_of
+from tokenizer import check_unicode
 
 DEFAULT_ENCODER = "models/all-minilm-l6-v2"
 DEFAULT_INDEX = "index/traces"

@@ -22,14 +22,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from chat import chat_template, check_vocabulary
 from checkpoints import checkpoint_to_resume, checkpoints_of
-from data import Tokenizer, chat_template, check_vocabulary, show_example
+from data import show_example
 from fast import KEPT_KEYS, KEPT_LOGITS, block_of_logits, has_fast_bf16, reuse_freed_memory
 from files import DISCLAIMER, InputError, number, read_json, read_jsonl, resident, sha256, whole, write_json
 from model import LlamaConfig, open_checkpoint
 from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded_like, start
 from rows import draw_rows
+from tokenizer import Tokenizer, notice_of
 from train import epochs_of, load_checkpoint, load_training, micro_batches_of
+from vocabulary import settle
 from weights import (
     DTYPES,
     checkpoint_names,
@@ -158,7 +161,7 @@ def read_examples(run, parse, render, kind=None):
         outcome = render(run.tokenizer, share, args.max_length, on_bad_row=args.on_bad_row)
     except InputError as error:
         outcome = error
-    outcomes = from_all(world, outcome)
+    outcomes, unread = zip(*from_all(world, (outcome, run.tokenizer.read_as_text)))
     for outcome in outcomes:
         if isinstance(outcome, InputError):
             raise outcome
@@ -178,6 +181,8 @@ def read_examples(run, parse, render, kind=None):
                     "truncated": 0, "held out": len(held)}
         read = ", ".join([f"{drawn.get('read', 0)} read", *(f"{n} {name}" for name, n in left_out.items() if n)])
         raise InputError(f"--data {' '.join(args.data)}: no row left to train on ({read}); expected at least one")
+    if any(unread) and world.rank == 0:
+        print(notice_of(set().union(*unread)), file=sys.stderr)
     for fault in faults[:5] if world.rank == 0 else ():
         print(f"skipped: {fault}", file=sys.stderr)
     steps = args.epochs * math.ceil(len(examples) / args.batch_size)
@@ -357,17 +362,14 @@ def say_what_was_trained(folder, source):
     template, end = chat_template(tokenizer), tokenizer.end_of_turn()
     stops = sorted(stop_ids_of(source) | {end})
     stops, eos = {"eos_token_id": stops if stops[1:] else end}, {"eos_token": tokenizer.decode([end])}
-    # transformers' classes GPT2Tokenizer and LlamaTokenizer cut text by rules of their own, not by tokenizer.json's;
-    # "legacy" is the rule of sentencepiece and llama.cpp: a space before each piece of text between control tokens
-    as_read = {"tokenizer_class": "PreTrainedTokenizerFast"} if (folder / "tokenizer.json").is_file() else \
-        {"tokenizer_class": "LlamaTokenizer", "legacy": True}
     for name, values in {"config.json": stops, "generation_config.json": stops, "special_tokens_map.json": eos,
-                         "tokenizer_config.json": {**as_read, **eos, "chat_template": template}}.items():
+                         "tokenizer_config.json": {**eos, "chat_template": template}}.items():
         path = folder / name
         given = read_json(path) if path.is_file() else {}
         if given or name != "special_tokens_map.json":
             path.write_text(json.dumps(given | values, indent=2))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    settle(folder, tokenizer.template)
 
 
 def is_llama3(config):

@@ -32,7 +32,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Tokenizer, check_unicode, check_vocabulary, render_chat, stream_text, training_example
+from chat import check_vocabulary, render_chat
+from data import training_example
 from fast import Threads, reuse_freed_memory
 from files import (
     DISCLAIMER,
@@ -53,6 +54,7 @@ from retrieve import Index
 from rounding import slices, stochastic_rounder
 from rows import lone_question, messages_of, question_of
 from snapshot import Snapshot, place_for_snapshot, put_back, remove_hooks
+from tokenizer import Tokenizer, check_unicode, notice_of, stream_text
 from weights import DTYPES, stop_ids_of
 
 MAX_TRACE_TOKENS = 6144  # upstream's maximum length in training; a longer trace is cut at its end
@@ -243,6 +245,7 @@ class Answerer:
         start = time.perf_counter()
         self.settings = settings
         self.threads = Threads()
+        self.noticed = False  # whether it was said which added tokens are read as plain text
         self.index = self.encoder = None
         if settings["ttt"]:
             self.index = Index.load(settings["index"])
@@ -283,6 +286,9 @@ class Answerer:
                     neighbours.append({"id": i, "score": round(score, 4), "instruction":
                                        question_of(self.index.records[i], self.index.manifest["field"])})
                     examples.append(self.example(i, system))
+        if self.tokenizer.read_as_text and not self.noticed:
+            print(notice_of(self.tokenizer.read_as_text), file=sys.stderr)
+            self.noticed = True
         retrieve_s = time.perf_counter() - start
         if on_neighbours:
             on_neighbours(neighbours)

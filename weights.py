@@ -295,7 +295,8 @@ def read_rows(files, names, start, stop):
 # ----- writing -------------------------------------------------------------------------------------------------------
 
 COPIED_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                "generation_config.json", "chat_template.jinja", "LICENSE", "LICENSE.txt", "USE_POLICY.md")
+                "added_tokens.json", "generation_config.json", "chat_template.jinja", "LICENSE", "LICENSE.txt",
+                "USE_POLICY.md")
 
 
 def write_checkpoint(directory, config, parameter, *, source=None, dtype=torch.bfloat16, seed=0,

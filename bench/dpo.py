@@ -20,8 +20,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from compare import parse_args, peak_memory, run_each
 
-from data import Tokenizer, render_pairs
+from data import render_pairs
 from files import InputError, read_jsonl, run_main
+from tokenizer import Tokenizer
 
 LR = 1e-6
 HEADING = "## Summarization"

@@ -43,15 +43,17 @@ def peak_gb():
 
 def trace():
     """The first 800 tokens of a conversation with one of the demo's traces: (ids, labels)."""
-    from data import Tokenizer, training_example
+    from data import training_example
     from rows import messages_of
+    from tokenizer import Tokenizer
     tokenizer = Tokenizer.from_dir(SMOLLM2)
     row = json.loads((ROOT / "demo/data/traces.jsonl").read_text().splitlines()[0])
     return training_example(tokenizer, messages_of(row), 800)
 
 
 def prompt_ids():
-    from data import Tokenizer, render_chat
+    from chat import render_chat
+    from tokenizer import Tokenizer
     return render_chat(Tokenizer.from_dir(SMOLLM2), [{"role": "user", "content": QUESTION}], True)[0]
 
 # ----- decode --------------------------------------------------------------------------------------------------------

@@ -43,11 +43,12 @@ while os.getppid() == parent:  # ends with this script, even if that is killed
 def sft(steps):
     """Tokens per second of SFT on the demo's first rows, the same ones each step."""
     import train
-    from data import Tokenizer, collate, render_rows, split_step
+    from data import collate, render_rows, split_step
     from fast import reuse_freed_memory
     from parallel import start
     from rows import messages_of
     from sft import loss_fn
+    from tokenizer import Tokenizer
     lines = (ROOT / "demo/data/sft_all.jsonl").read_text().splitlines()[:ROWS]
     examples = render_rows(Tokenizer.from_dir(SMOLLM2), [(str(i), messages_of(json.loads(line)))
                                                          for i, line in enumerate(lines)], 1024)[0]

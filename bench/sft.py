@@ -19,9 +19,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from compare import parse_args, peak_memory, run_each
 
-from data import Tokenizer, collate, render_rows, split_step
+from data import collate, render_rows, split_step
 from files import read_jsonl, run_main
 from rows import messages_of
+from tokenizer import Tokenizer
 
 LR = 1e-5
 

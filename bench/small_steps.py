@@ -24,13 +24,14 @@ import dpo
 import rounding
 import sft
 import train
-from data import Tokenizer, collate, collate_pairs, render_pairs, render_rows
+from data import collate, collate_pairs, render_pairs, render_rows
 from fast import reuse_freed_memory
 from files import InputError, run_main, whole
 from model import load_model
 from parallel import World
 from rows import draw_rows, pair_of
 from run import export_model
+from tokenizer import Tokenizer
 
 BUDGET = 1024
 BETA = 0.1

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import model as M
-from data import Tokenizer
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "models/smollm2-135m-instruct"

@@ -9,8 +9,10 @@ import tokenizers
 import transformers
 from conftest import ROOT, say, tiny_vocabulary
 
-from data import Tokenizer, check_vocabulary, render_chat, stream_text, training_example
+from chat import check_vocabulary, render_chat
+from data import training_example
 from files import InputError
+from tokenizer import Tokenizer, stream_text
 
 LLAMA31 = ROOT.parent / "shared/data/llama31/tokenizer.json.gz"
 # The official Llama-3.1-Instruct template without its tool branches.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import CONFIGS, TEXTS, reference_filter, tiny_pair
 
-from data import render_chat
+from chat import render_chat
 from files import InputError
 from generate import decoder, generate, one_token_forward, sample
 from model import KVCache, Llama

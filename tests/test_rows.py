@@ -10,7 +10,7 @@ from conftest import said, say, write_jsonl
 from pyarrow import parquet
 
 import ttt
-from data import Tokenizer, render_rows
+from data import render_rows
 from files import InputError
 from messages import CONVERSATIONS, THOUGHTS, TRAINED
 from retrieve import read_records
@@ -26,6 +26,7 @@ from rows import (
     pair_of,
     question_of,
 )
+from tokenizer import Tokenizer
 
 FINEMED = {"text": "a passage", "instruction": "What is ketosis?", "complexity": 3, "quality": 8, "language": "en",
            "response": "Ketones in the blood.", "instruction_type": "common"}
@@ -161,8 +162,9 @@ def test_nothing_but_input_error_comes_of_junk():
     assert read["messages_of"] > 20 and read["question_of"] > 50
 
 
-@pytest.mark.parametrize("template, end", [("llama3", "<|eot_id|>"), ("chatml", "<|im_end|>"), ("llama2", " </s>")])
-def test_weight_0_reaches_the_labels(template, end):
+@pytest.mark.parametrize("template, answer", [("llama3", "Yes.<|eot_id|>"), ("chatml", "Yes.<|im_end|>"),
+                                              ("llama2", " Yes. </s>")])
+def test_weight_0_reaches_the_labels(template, answer):
     """Characters stand for tokens; of three answers the middle one alone is trained, its end of turn too."""
     control = {name: i for i, name in enumerate((
         "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>",
@@ -173,7 +175,7 @@ def test_weight_0_reaches_the_labels(template, end):
     row = {"messages": [talk[0], talk[1] | {"weight": 0}, talk[2], talk[3] | {"weight": 1}, talk[4],
                         talk[5] | {"train": False}]}
     (_, ids, labels), = render_rows(tokenizer, [("", messages_of(row))], 10_000)[0]
-    assert "".join(names.get(i) or chr(i - 100) for i in labels if i != -100) == "Yes." + end
+    assert "".join(names.get(i) or chr(i - 100) for i in labels if i != -100) == answer
     (_, all_ids, _), = render_rows(tokenizer, [("", talk)], 10_000)[0]
     assert ids.tolist() == all_ids.tolist()
 

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 import model as M
 import run
 import train
-from data import LLAMA3_SYSTEM, Tokenizer, render_chat
+from chat import LLAMA3_SYSTEM, render_chat
 from files import InputError
 from generate import generate
 from parallel import World
+from tokenizer import Tokenizer
 from weights import checkpoint_names, parameter_count, stop_ids_of
 
 # ----- the exported model --------------------------------------------------------------------------------------------
@@ -49,8 +50,12 @@ def test_an_export_has_the_masters_and_ends_its_turns(base, tmp_path, monkeypatc
     source = tmp_path / "source"
     source.mkdir()
     for path in base.iterdir():
-        if path.name not in ("chat_template.jinja", "tokenizer_config.json"):
+        if path.name not in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
             (source / path.name).symlink_to(path)
+    raw = json.loads((base / "tokenizer.json").read_text())
+    raw["model"]["dropout"] = 0.1
+    (source / "tokenizer.json").write_text(json.dumps(raw))
+    (source / "added_tokens.json").write_text('{"<|im_end|>": 2}')
     (source / "generation_config.json").unlink(missing_ok=True)
     (source / "generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.5}')
     monkeypatch.setattr(run, "is_llama3", lambda config: llama)
@@ -64,6 +69,9 @@ def test_an_export_has_the_masters_and_ends_its_turns(base, tmp_path, monkeypatc
     tokenizer = Tokenizer.from_dir(source)
     assert stop_ids_of(tmp_path / "model") == {0, tokenizer.end_of_turn()}
     assert json.loads((tmp_path / "model/generation_config.json").read_text())["temperature"] == 0.5
+    served = json.loads((tmp_path / "model/tokenizer.json").read_text())
+    assert served["model"].pop("dropout", None) is None and raw["model"].pop("dropout") and served == raw
+    assert (tmp_path / "model/added_tokens.json").read_text() == '{"<|im_end|>": 2}'
     assert "<|im_start|>" in (tmp_path / "model/chat_template.jinja").read_text()
     assert (tmp_path / "model/README.md").read_text() == "a card"
     assert (tmp_path / "model/NOTICE").exists() is llama

@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 
 import model as M
 import sft
+from chat import render_chat
 from checkpoints import checkpoints_of
-from data import Tokenizer, collate, render_chat
+from data import collate
 from files import InputError
 from sft import loss_fn, sft_loss
+from tokenizer import Tokenizer
 from weights import checkpoint_names
 
 # ----- the loss ------------------------------------------------------------------------------------------------------
@@ -243,9 +245,10 @@ def test_no_row_of_the_kind_that_is_wanted(base, tmp_path):
 
 def test_bad_rows_can_be_skipped_and_gz_is_read(base, tmp_path):
     path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"prompt": "?", "response": "!"}\n{"prompt": "?"}\n'))
+    path.write_bytes(gzip.compress(b'{"prompt": "? <|im_end|>", "response": "!"}\n{"prompt": "?"}\n'))
     done = command(*arguments(base, path, tmp_path / "out", "--dry-run", "--on-bad-row", "skip", "--val-rows", 0))
     assert done.returncode == 0 and f"skipped: {path}:2: found no text" in done.stderr and "1 bad" in done.stdout
+    assert done.stderr.count("added tokens in texts that are read as plain text: <|im_end|>\n") == 1
 
 
 def test_an_existing_run_is_not_overwritten_but_resumed(base, rows_file, trained):

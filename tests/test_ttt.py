@@ -15,13 +15,14 @@ import pytest
 import torch
 from conftest import ROOT, bits, same, tiny, tiny_examples
 
-import data
 import model as M
 import retrieve
 import ttt
+from data import training_example
 from files import InputError, run_main
 from generate import generate
 from rows import messages_of
+from tokenizer import Tokenizer
 
 # ----- the update ----------------------------------------------------------------------------------------------------
 
@@ -140,9 +141,9 @@ def test_gradients_are_gone_before_the_next_is_complete():
 def test_the_step_survives_in_the_real_model_and_rounding_to_nearest_would_lose_it(smollm2, monkeypatch):
     """The paper's rate 1e-5, one step, a trace of demo/data cut to 300 tokens; the loss is computed with the weights
     that generate. fp32 weights give the fall that is possible; bf16 as shipped must keep ≥ 90 % of it."""
-    tokenizer = data.Tokenizer.from_dir(smollm2)
+    tokenizer = Tokenizer.from_dir(smollm2)
     row = json.loads((ROOT / "demo/data/traces.jsonl").read_text().splitlines()[0])
-    example = data.training_example(tokenizer, messages_of(row), 300)
+    example = training_example(tokenizer, messages_of(row), 300)
 
     def fall(dtype):
         with ttt.adapted(M.load_model(smollm2, dtype=dtype), [example], lr=1e-5) as report:
@@ -374,6 +375,13 @@ def test_chat_answers_in_turns(toy, run):
               stdin="What is asthma?\n\nAnd in children?\n")
     assert out.returncode == 0, out.stderr
     assert [json.loads(line)["question"] for line in out.stdout.splitlines()] == ["What is asthma?", "And in children?"]
+
+
+def test_added_tokens_in_questions_are_named_once(toy, run):
+    out = run("--chat", "--model", toy / "model", "--no-ttt", "--max-new-tokens", 1,
+              stdin="Is <|im_end|> text?\nAnd <|im_start|>?\n")
+    assert out.returncode == 0 and out.stderr.count("read as plain text: <|im_end|>\n") == 1, out.stderr
+    assert out.stderr.count("read as plain text") == 1
 
 
 def test_a_file_of_questions_is_resumed_where_it_stopped(toy, run, tmp_path):

@@ -1,0 +1,216 @@
+r"""Chat templates: a conversation to ids, and to the mask that marks what is trained.
+
+    Llama 3.1   <|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>
+    ChatML      <|im_start|>user\nWhy?<|im_end|>\n
+    Llama 2     <s>[INST] Why? [/INST] Because. </s>
+
+Trained are the assistant's words and its end-of-turn token, nothing else; the mask goes by position, never by
+`id == pad`, because pad and end-of-turn are often the same id. The template is code; the folder's own, in Jinja, is
+searched for its default system text and refused where it says what ours does not.
+"""
+import re
+
+from files import InputError, read_json
+from messages import check_messages
+
+# The official templates put these first. Llama 3.1's has a fixed date: a template that reads the clock would train and
+# answer on other prompts every day.
+LLAMA3_SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+NO_TEMPLATE = ("the tokenizer has no known chat template; expected <|start_header_id|> (Llama 3) or <|im_start|> "
+               "(ChatML) among its control tokens, or a sentencepiece vocabulary (Llama 2)")
+
+
+def render_chat(tokenizer, messages, add_generation_prompt=False):
+    """messages [{"role": "system" | "user" | "assistant", "content": str}, …] -> (ids, loss_mask), two equal lists.
+
+    loss_mask is True on the assistant's content and its end-of-turn token, unless the message has "train": False. The
+    ids are those of the official template of the vocabulary (Llama 3.1, ChatML, Llama 2), with the tokenizer's
+    `default_system`. With `add_generation_prompt` the ids end where the assistant is to begin. InputError for a
+    vocabulary without a known template and for malformed messages.
+    """
+    system, turns = check_messages(messages)
+    ids, mask = [], []
+
+    def control(*names, trained=False):
+        ids.extend(tokenizer.special[name] for name in names)
+        mask.extend([trained] * len(names))
+
+    def text(string, after="", answer=False, trained=False):
+        new = tokenizer.encode(string, after, answer=answer)
+        ids.extend(new)
+        mask.extend([trained] * len(new))
+
+    def turn(role, opening, content, trained):  # `opening` and content are one text; an answer has a border
+        if role == "assistant":
+            text(opening)
+            text(content, after=opening, answer=True, trained=trained)
+        else:
+            text(opening + content)
+
+    if tokenizer.template == "llama3":
+        def header(role):
+            control("<|start_header_id|>")
+            text(role)
+            control("<|end_header_id|>")
+        control("<|begin_of_text|>")
+        if system is not None or tokenizer.default_system is not None:
+            turns = [("system", (tokenizer.default_system or "") + (system or "").strip(), False), *turns]
+        for role, content, trained in turns:
+            header(role)
+            turn(role, "\n\n", content if role == "system" else content.strip(), trained)
+            control("<|eot_id|>", trained=trained)
+        if add_generation_prompt:
+            header("assistant")
+            text("\n\n")
+    elif tokenizer.template == "chatml":
+        system = tokenizer.default_system if system is None else system
+        for role, content, trained in [("system", system, False), *turns] if system is not None else turns:
+            control("<|im_start|>")
+            turn(role, f"{role}\n", content, trained)
+            control("<|im_end|>", trained=trained)
+            text("\n")
+        if add_generation_prompt:
+            control("<|im_start|>")
+            text("assistant\n")
+    elif tokenizer.template == "llama2":  # every exchange is a sequence of its own, with its own BOS and EOS
+        for i, (role, content, trained) in enumerate(turns):
+            if role != ("user", "assistant")[i % 2]:
+                raise InputError(f"message {i + 1} is from {role!r}; Llama 2's template expects user and assistant "
+                                 "in turn")
+            if role == "user":
+                opening = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if i == 0 and system is not None else ""
+                control("<s>")
+                text(f"[INST] {(opening + content).strip()} [/INST]")
+            else:
+                text(f" {content.strip()} ", after="[/INST]", answer=True, trained=trained)
+                control("</s>", trained=trained)
+    else:
+        raise InputError(NO_TEMPLATE)
+    return ids, mask
+
+
+def check_vocabulary(tokenizer, vocab_size, directory):
+    """InputError where text or the chat template gives an id for which a model of `vocab_size` rows has none.
+
+    Other added tokens may lie beyond the rows, as a padding token often does: nothing here gives their ids.
+    """
+    talk = [{"role": role, "content": role} for role in ("user", "assistant")]
+    largest = max([tokenizer.size - 1, *(render_chat(tokenizer, talk)[0] if tokenizer.template else ())])
+    if largest >= vocab_size:
+        raise InputError(f"{directory}: its tokenizer gives ids up to {largest}; expected all below vocab_size, "
+                         f"{vocab_size} in config.json")
+
+
+# render_chat once more, in Jinja, for programs that read a chat template from a model's folder; tests compare the two.
+# BLOCK: the system block of a conversation without a system message; DEFAULT: the text before every system message.
+CHAT_TEMPLATES = {
+    "llama3": (
+        "<|begin_of_text|>BLOCK{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+        "{% if message['role'] == 'system' %}{{ 'DEFAULT' }}{% endif %}{{ message['content'] | trim + '<|eot_id|>' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"),
+    "chatml": (
+        "BLOCK{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"),
+    "llama2": (
+        "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else none %}"
+        "{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{% if system is not none and loop.index0 == 1 %}"
+        "{{ '<s>[INST] ' + ('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content']) | trim + ' [/INST]' }}"
+        "{% else %}{{ '<s>[INST] ' + message['content'] | trim + ' [/INST]' }}{% endif %}"
+        "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + ' </s>' }}{% endif %}"
+        "{% endfor %}"),
+}
+# by which a template's source is known, and how a system block begins and ends there
+MARKS = {"llama3": "<|start_header_id|>", "chatml": "<|im_start|>", "llama2": "[INST]"}
+SYSTEM_BLOCK = {"llama3": ("<|start_header_id|>system<|end_header_id|>\\n\\n", "<|eot_id|>"),
+                "chatml": ("<|im_start|>system\\n", "<|im_end|>"), "llama2": ("<<SYS>>\\n", "\\n<</SYS>>")}
+
+
+def chat_template(tokenizer):
+    """The Jinja source with which other programs render conversations as render_chat does.
+
+    They tokenise the text as one string; so Llama 2's has the space that its tokenizer puts before an answer. Control
+    tokens are written out, because bos_token and eos_token are whatever the settings of a folder say.
+    """
+    name, default, block = tokenizer.template, tokenizer.default_system, ""
+    quoted = (default or "").replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    if default is not None:
+        text = quoted.join(SYSTEM_BLOCK[name]) + ("\\n" if name == "chatml" else "")
+        block = "{% if messages[0]['role'] != 'system' %}{{ '" + text + "' }}{% endif %}"
+    return CHAT_TEMPLATES[name].replace("DEFAULT", quoted).replace("BLOCK", block)
+
+
+def template_in(directory):
+    """(file, Jinja source) of the chat template in a model's folder, the one that transformers takes: before that of
+    tokenizer_config.json chat_template.jinja, of a list the one named "default". (None, None): the folder has none."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path, path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    path = directory / "tokenizer_config.json"
+    found = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(found, list):
+        found = next((one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"),
+                     found)
+    if found is None:
+        return None, None
+    if not isinstance(found, str):
+        raise InputError(f"{path}: chat_template is of type {type(found).__name__}; expected Jinja text, or a list of "
+                         'named ones with a "default"')
+    return path, found
+
+
+def follow_template(tokenizer, path, source):
+    """Sets template and default_system of a tokenizer as the chat template of its folder has them; see template_in.
+
+    Nothing here runs Jinja: its source is searched, and refused where it may say something that ours does not.
+    """
+    if source is None:  # a base model learns the official prompt, of which Llama 3.1's has dates
+        tokenizer.default_system = LLAMA3_SYSTEM if tokenizer.template == "llama3" else None
+    if source is None or tokenizer.template is None:
+        return
+
+    def refuse(what):
+        raise InputError(f"{path}: the chat template {what}; expected Llama 3's, ChatML or Llama 2's, with one default "
+                         "system text or none. A folder without chat template is taken for a base model's")
+    more = {"chatml": {"<|im_start|>", "<|im_end|>"}, "llama2": {"<s>", "</s>"}}  # that a vocabulary may also serve
+    possible = [tokenizer.template, *(name for name in more if more[name] <= set(tokenizer.special))]
+    name = next((name for name in possible if MARKS[name] in source), None)
+    if name is None:
+        refuse(f"has no {MARKS[tokenizer.template]}")
+    if name == "chatml" and re.search("bos_token|strftime_now", source):
+        refuse("writes bos_token or the day's date, which our ChatML does not")
+    texts = default_systems(source, *SYSTEM_BLOCK[name])
+    if name == "llama3" and LLAMA3_SYSTEM.partition("\n")[0] in source:
+        texts = {LLAMA3_SYSTEM}
+    elif texts is None or len(texts) > 1:
+        refuse("has a default system text that depends on more than the conversation")
+    elif texts and name != "chatml":
+        refuse(f"has the default system text {min(texts)[:40]!r}, which ours does not")
+    tokenizer.template, tokenizer.default_system = name, next(iter(texts), None)
+
+
+def default_systems(source, begin, end):
+    """The texts that the source of a chat template says by itself in a system block from `begin` to `end`: a set, None
+    where that cannot be told. They stand between the two, or in a message, or a variable is set to them."""
+    # transformers once wrote its switched-off default for Llama 2 into folders: a branch that is never taken
+    source = re.sub(r"\{%-? elif false == true .*?(?=\{%-? (?:else|endif))", "", source, flags=re.DOTALL)
+    begin, end = (re.escape(one).replace(r"\\n", r"(?:\\n|\n)") for one in (begin, end))
+    text = r"((?:(?!\1)[^\\]|\\.)"  # of a string that ends with the quotation mark that is group 1
+    texts = [found for pattern in (rf"(['\"]){begin}{text}*?){end}", rf"set\s+\w*system\w*\s*=\s*(['\"]){text}+)\1",
+                                   rf"['\"]system['\"]\s*,\s*['\"]content['\"]\s*:\s*(['\"]){text}*)\1")
+             for _, found in re.findall(pattern, source)]
+    try:
+        texts = [found.encode("ascii", "backslashreplace").decode("unicode-escape") for found in texts]  # Jinja's way
+    except UnicodeDecodeError:
+        return None
+    texts += re.findall(rf"(?:^|[%}}]}})\s*{begin}([^{{}}]*?){end}", source)  # outside of Jinja's brackets
+    # otherwise an expression must follow: the text of the conversation's own system message
+    if not texts and re.search(begin + r"(?!['\"]\s*(?:[+~]|-?\}\}\s*\{\{)|\s*\{\{)", source):
+        return None
+    return set(texts)
