@@ -10,7 +10,7 @@ searched for its default system text and refused where it says what ours does no
 """
 import re
 
-from files import InputError, read_json
+from files import InputError, read_json_if_there, read_text
 from messages import check_messages
 
 # The official templates put these first. Llama 3.1's has a fixed date: a template that reads the clock would train and
@@ -148,12 +148,9 @@ def template_in(directory):
     tokenizer_config.json chat_template.jinja, of a list the one named "default". (None, None): the folder has none."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        try:
-            return path, path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        return path, read_text(path)
     path = directory / "tokenizer_config.json"
-    found = read_json(path).get("chat_template") if path.is_file() else None
+    found = read_json_if_there(path).get("chat_template")
     if isinstance(found, list):
         found = next((one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"),
                      found)

@@ -30,9 +30,9 @@ from tokenizers import Tokenizer, normalizers
 from torch import nn
 from tqdm import tqdm
 
-from files import InputError, read_json, require_dir, sha256
+from files import InputError, read_json, read_json_if_there, read_text, require_dir, sha256
 from parallel import pick_device
-from tokenizer import check_unicode
+from tokenizer import as_input_error, check_unicode
 from weights import checkpoint_files, open_safetensors
 
 BGE_QUERY_INSTRUCTION = "Represent this sentence for searching relevant passages: "  # the model cards of bge-*-en-v1.5
@@ -196,10 +196,6 @@ def load_bert(config, directory):
 
 # ----- an encoder's folder -------------------------------------------------------------------------------------------
 
-def read_json_if_there(path):
-    return read_json(path) if path.exists() else {}
-
-
 def read_modules(directory):
     """(folder of the BERT, "cls" or "mean", whether vectors are scaled to length 1), as modules.json says.
 
@@ -338,14 +334,8 @@ def read_tokenizer(path, raw, vocab_size, lower_case):
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected the tokenizer as one file, which transformers' AutoTokenizer "
                          "saves from a vocab.txt")
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
-    except OSError:
-        raise
-    except BaseException as error:  # the Rust library can panic, and its panic is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise InputError(f"{path}: not a readable tokenizer ({error})") from None
+    with as_input_error(path):
+        tokenizer = Tokenizer.from_str(read_text(path))
     side = raw.get("truncation_side") or (tokenizer.truncation or {}).get("direction", "right")
     if side not in ("left", "right"):
         raise InputError(f"{config_path}: truncation_side is {side!r}; expected 'left' or 'right'")

@@ -26,7 +26,17 @@ from chat import chat_template, check_vocabulary
 from checkpoints import checkpoint_to_resume, checkpoints_of
 from data import show_example
 from fast import KEPT_KEYS, KEPT_LOGITS, block_of_logits, has_fast_bf16, reuse_freed_memory
-from files import DISCLAIMER, InputError, number, read_json, read_jsonl, resident, sha256, whole, write_json
+from files import (
+    DISCLAIMER,
+    InputError,
+    number,
+    read_json_if_there,
+    read_jsonl,
+    resident,
+    sha256,
+    whole,
+    write_json,
+)
 from model import LlamaConfig, open_checkpoint
 from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded_like, start
 from rows import draw_rows
@@ -365,7 +375,7 @@ def say_what_was_trained(folder, source):
     for name, values in {"config.json": stops, "generation_config.json": stops, "special_tokens_map.json": eos,
                          "tokenizer_config.json": {**eos, "chat_template": template}}.items():
         path = folder / name
-        given = read_json(path) if path.is_file() else {}
+        given = read_json_if_there(path)
         if given or name != "special_tokens_map.json":
             path.write_text(json.dumps(given | values, indent=2))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

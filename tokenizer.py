@@ -4,6 +4,7 @@ Two rules, each of which others broke:
   1. Control tokens come from the chat template alone; `<|eot_id|>` typed in a question is ordinary text.
   2. The ids are those of the conversation in one string, but no token reaches over the border of an answer.
 """
+import contextlib
 import functools
 import json
 import re
@@ -12,7 +13,7 @@ import sentencepiece
 import tokenizers
 
 from chat import NO_TEMPLATE, follow_template, template_in
-from files import InputError, one_line, read_json, require_dir
+from files import InputError, one_line, read_json, read_json_if_there, require_dir
 from vocabulary import (
     SAMPLING,
     TEMPLATE_TOKENS,
@@ -20,7 +21,6 @@ from vocabulary import (
     check_added_token,
     is_legacy,
     read_added_tokens,
-    read_if_there,
     unprefixed,
     user_defined_pieces,
 )
@@ -75,7 +75,7 @@ class Tokenizer:
             inner.no_truncation()
             inner.encode_special_tokens = True  # not kept by saving: set at every load
             return inner
-        try:
+        with as_input_error(path):
             model = raw["model"]
             scores = model["vocab"] if isinstance(model["vocab"], list) else []  # Unigram's: [[piece, score], …]
             vocabulary = {piece: i for i, (piece, _) in enumerate(scores)} if scores else model["vocab"]
@@ -94,12 +94,6 @@ class Tokenizer:
             inner.encode("0 a\n")  # a pattern that the engine cannot run fails here, not in the middle of a run
             for token in added.tokens:
                 check_added_token(path, token, added, inner)
-        except InputError:
-            raise
-        except BaseException as error:  # the Rust side panics with a BaseException
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise InputError(f"{path}: not a tokenizer that can be used ({one_line(error)})") from None
 
         def encode(text, words=False, bare=False):
             return engines[words, bare and prefixed].encode(text, add_special_tokens=False).ids
@@ -135,7 +129,7 @@ class Tokenizer:
         unspaced = sentencepiece.SentencePieceProcessor(model_proto=bytes(proto) + b"\x1a\x02\x18\x00")
         for token in added.tokens:
             check_added_piece(path, token, added, inner, find(token["content"]))
-        config = read_if_there(path.parent / "tokenizer_config.json")
+        config = read_json_if_there(path.parent / "tokenizer_config.json")
         spaced = is_legacy(config, added.template) and config.get("add_prefix_space") is not False
         behind = inner if spaced else unspaced  # behind a control token
         ids_of = {token["content"]: token["id"] for token in added.tokens}
@@ -187,6 +181,17 @@ class Tokenizer:
         if self.template is None:
             raise InputError(NO_TEMPLATE)
         return self.special[TEMPLATE_TOKENS[self.template][-1]]
+
+
+@contextlib.contextmanager
+def as_input_error(path):
+    """Reports every error of the tokenizers library as InputError; a panic of its Rust code is a BaseException."""
+    try:
+        yield
+    except (InputError, OSError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{path}: not a tokenizer that can be used ({one_line(error)})") from None
 
 
 def decode_runs(ids, written, decode, decode_behind=None):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import sentencepiece
 
-from files import InputError, one_line, read_json
+from files import InputError, one_line, read_json, read_json_if_there
 
 TEMPLATE_TOKENS = {  # the control tokens of each chat template; the last of them ends the assistant's turn
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -49,8 +49,8 @@ def read_added_tokens(directory, own, find, from_sentencepiece):
     that are named as eos_token, additional_special_tokens, … are added tokens. InputError for a token with two ids or
     none, and for a control token that would change the text beside it.
     """
-    config = read_if_there(directory / "tokenizer_config.json")
-    named = read_if_there(directory / "special_tokens_map.json") | config
+    config = read_json_if_there(directory / "tokenizer_config.json")
+    named = read_json_if_there(directory / "special_tokens_map.json") | config
     tokens, contents = {}, {}
 
     def add(file, token):
@@ -70,7 +70,7 @@ def read_added_tokens(directory, own, find, from_sentencepiece):
             add("tokenizer_config.json", token | {"id": int(i)})
         roles = contents_of(named, "bos_token", "pad_token")
         needed = contents_of(named, "eos_token", "additional_special_tokens", "extra_special_tokens")
-        for content, i in read_if_there(directory / "added_tokens.json").items():
+        for content, i in read_json_if_there(directory / "added_tokens.json").items():
             add("added_tokens.json", tokens.get(content, {"content": content}) | {"id": i})
         for content in needed + roles:
             i = tokens[content]["id"] if content in tokens else find(content)
@@ -79,7 +79,7 @@ def read_added_tokens(directory, own, find, from_sentencepiece):
             elif i is None and content in needed:
                 raise InputError(f"{directory}: tokenizer_config.json or special_tokens_map.json names {content!r}, "
                                  "which has no id; expected it in the vocabulary or among the added tokens")
-        settings = [read_if_there(directory / name) for name in ("generation_config.json", "config.json")]
+        settings = [read_json_if_there(directory / name) for name in ("generation_config.json", "config.json")]
         stops, *others = (ids_of(settings, key) for key in ("eos_token_id", "bos_token_id", "pad_token_id"))
         ids = stops.union(*others)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -103,10 +103,6 @@ def read_added_tokens(directory, own, find, from_sentencepiece):
         words=tokens.keys() - control - plain,
         special={content: token["id"] for content, token in tokens.items() if content not in plain},
         silent=stops | {tokens[content]["id"] for content in control})
-
-
-def read_if_there(path):
-    return read_json(path) if path.is_file() else {}
 
 
 def contents_of(named, *keys):
@@ -210,7 +206,7 @@ def settle(folder, template):
     """
     def write(path, value):
         path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
-    path, config = folder / "tokenizer.json", read_if_there(folder / "tokenizer_config.json")
+    path, config = folder / "tokenizer.json", read_json_if_there(folder / "tokenizer_config.json")
     if path.is_file():
         raw = read_json(path)
         if any(raw["model"].get(setting) is not None for setting in SAMPLING):

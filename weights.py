@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files import InputError, one_line, read_json, require_dir, written_aside
+from files import InputError, one_line, read_json, read_json_if_there, require_dir, written_aside
 from rounding import copy_weights_
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by their names on the command line
@@ -118,7 +118,7 @@ def stop_ids_of(directory):
     """The end-of-text ids of generation_config.json, or of config.json where that has none; a set, empty if neither."""
     for name in ("generation_config.json", "config.json"):
         path = Path(directory) / name
-        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = read_json_if_there(path).get("eos_token_id")
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
             if not all(isinstance(one, int) for one in ids):
