@@ -42,7 +42,7 @@ from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded
 from rows import draw_rows
 from tokenizer import Tokenizer, notice_of
 from train import epochs_of, load_checkpoint, load_training, micro_batches_of
-from vocabulary import settle
+from vocabulary import prepare_for_serving
 from weights import (
     DTYPES,
     checkpoint_names,
@@ -379,7 +379,7 @@ def say_what_was_trained(folder, source):
         if given or name != "special_tokens_map.json":
             path.write_text(json.dumps(given | values, indent=2))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    settle(folder, tokenizer.template)
+    prepare_for_serving(folder, tokenizer.template)
 
 
 def is_llama3(config):

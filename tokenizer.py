@@ -159,9 +159,9 @@ class Tokenizer:
                    max([size, *(i + 1 for i in added.ids_in_text())]), added.words)
 
     def encode(self, text, after="", answer=False):
-        """text -> list of ids, as in one string with the text `after` (if empty, a control token) before it.
+        r"""text -> list of ids, as in one string with the text `after` (if empty, a control token) before it.
 
-            encode("Yes.", after="assistant\\n")     the ids of "assistant\\nYes." without those of "assistant\\n"
+            encode("Yes.", after="assistant\n")      the ids of "assistant\nYes." without those of "assistant\n"
             encode("<think>Hm.", answer=True)       begins with the id of the word <think>; in a question it is text
 
         No text has the id of a control token. Where a token would reach over the border between `after` and the text,

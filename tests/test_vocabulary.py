@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import generate_merges
 from chat import render_chat
 from files import InputError
 from tokenizer import Tokenizer, notice_of, stream_text
-from vocabulary import settle, user_defined_pieces
+from vocabulary import prepare_for_serving, user_defined_pieces
 
 CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
@@ -501,7 +501,7 @@ def test_transformers_serves_an_exported_tokenizer_json_as_it_was_trained(kind, 
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
     write(tmp_path, kind, lambda raw: raw["model"].update(dropout=0.5), tokenizer_config=settings)
     before = Tokenizer.from_dir(tmp_path)
-    settle(tmp_path, before.template)
+    prepare_for_serving(tmp_path, before.template)
     after, theirs = both(tmp_path)
     for _ in range(3):
         assert_as_transformers(before, theirs)
@@ -516,7 +516,7 @@ def test_transformers_serves_an_exported_sentencepiece_model_as_it_was_trained(p
                                                                                tmp_path):
     files = {"tokenizer_config": settings} if settings else {}
     ours, inner = spm(tmp_path, IM if template == "chatml" else (), prefix=prefix, **files)
-    settle(tmp_path, ours.template)
+    prepare_for_serving(tmp_path, ours.template)
     written = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings.items() <= written.items() and written["tokenizer_class"] == "LlamaTokenizer"
     theirs = llama_tokenizer(inner, CHATML if template == "chatml" else LLAMA2, IM if template == "chatml" else (),
