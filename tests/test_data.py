@@ -1,4 +1,5 @@
-"""data.py: ids beside the official templates, the loss mask, text that looks like control tokens, streaming."""
+"""chat.py and tokenizer.py: ids beside the official templates, the loss mask, text that looks like control tokens,
+streaming. test_vocabulary.py has tiny vocabularies, test_batches.py the rest of data.py."""
 import gzip
 import json
 import random
