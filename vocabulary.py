@@ -55,9 +55,9 @@ def read_added_tokens(directory, listed, find, from_sentencepiece):
     """
     config = read_json_if_there(directory / "tokenizer_config.json")
     named = read_json_if_there(directory / "special_tokens_map.json") | config
-    tokens, contents = {}, {}
+    tokens, contents = {}, {}  # by content, and the content by id
 
-    def add(file, token):
+    def add(file, token):  # a token read later keeps the flags it does not state
         i, content = token["id"], token["content"]
         if type(i) is not int:
             raise TypeError(f"{content!r} has the id {i!r}")
@@ -88,10 +88,11 @@ def read_added_tokens(directory, listed, find, from_sentencepiece):
         stops, *others = (ids_of(settings, key) for key in ("eos_token_id", "bos_token_id", "pad_token_id"))
         ids = stops.union(*others)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError):  # a ValueError too
             raise
         raise InputError(f"{directory}: tokenizer.json or a file beside it has tokens in a form that is not known "
                          f"({type(error).__name__}: {one_line(error)}); expected transformers'") from None
+    # many vocabularies have <s> and </s>, but only Llama 2's sentencepiece goes with its template
     template = next((name for name, control in TEMPLATE_TOKENS.items()
                      if tokens.keys() >= {*control} and (name != "llama2" or from_sentencepiece)), None)
     of_template = TEMPLATE_TOKENS.get(template, ())
