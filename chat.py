@@ -4,13 +4,14 @@ r"""Chat templates: a conversation to ids, and to the mask that marks what is tr
     ChatML      <|im_start|>user\nWhy?<|im_end|>\n
     Llama 2     <s>[INST] Why? [/INST] Because. </s>
 
-Trained are the assistant's words and its end-of-turn token, nothing else; the mask goes by position, never by
-`id == pad`, because pad and end-of-turn are often the same id. The template is code; the folder's own, in Jinja, is
-searched for its default system text and refused where it says what ours does not.
+The assistant's words and its end-of-turn token are trained, nothing else. The mask goes by position, never by
+`id == pad`, because pad and end-of-turn are often the same id. The templates are code. A model folder's own template,
+in Jinja, is never run: its source is searched for a default system text, and refused where it may write other prompts
+than ours.
 """
 import re
 
-from files import InputError, read_json
+from files import InputError, read_json_if_there, read_text
 from messages import check_messages
 
 # The official templates put these first. Llama 3.1's has a fixed date: a template that reads the clock would train and
@@ -35,13 +36,13 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
         ids.extend(tokenizer.special[name] for name in names)
         mask.extend([trained] * len(names))
 
-    def text(string, after="", answer=False, trained=False):
+    def text(string, after="", answer=False, trained=False):  # `after`: see Tokenizer.encode
         new = tokenizer.encode(string, after, answer=answer)
         ids.extend(new)
         mask.extend([trained] * len(new))
 
-    def turn(role, opening, content, trained):  # `opening` and content are one text; an answer has a border
-        if role == "assistant":
+    def turn(role, opening, content, trained):
+        if role == "assistant":  # in two parts, so that no token is half opening, half answer
             text(opening)
             text(content, after=opening, answer=True, trained=trained)
         else:
@@ -64,7 +65,9 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
             text("\n\n")
     elif tokenizer.template == "chatml":
         system = tokenizer.default_system if system is None else system
-        for role, content, trained in [("system", system, False), *turns] if system is not None else turns:
+        if system is not None:
+            turns = [("system", system, False), *turns]
+        for role, content, trained in turns:
             control("<|im_start|>")
             turn(role, f"{role}\n", content, trained)
             control("<|im_end|>", trained=trained)
@@ -72,7 +75,7 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
         if add_generation_prompt:
             control("<|im_start|>")
             text("assistant\n")
-    elif tokenizer.template == "llama2":  # every exchange is a sequence of its own, with its own BOS and EOS
+    elif tokenizer.template == "llama2":  # every question with its answer stands between a BOS and an EOS of its own
         for i, (role, content, trained) in enumerate(turns):
             if role != ("user", "assistant")[i % 2]:
                 raise InputError(f"message {i + 1} is from {role!r}; Llama 2's template expects user and assistant "
@@ -90,9 +93,9 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
 
 
 def check_vocabulary(tokenizer, vocab_size, directory):
-    """InputError where text or the chat template gives an id for which a model of `vocab_size` rows has none.
+    """InputError if a text or the chat template can give an id that is no row of a model with `vocab_size` rows.
 
-    Other added tokens may lie beyond the rows, as a padding token often does: nothing here gives their ids.
+    Other added tokens may lie beyond the rows, as a padding token often does: no text has their ids.
     """
     talk = [{"role": role, "content": role} for role in ("user", "assistant")]
     largest = max([tokenizer.size - 1, *(render_chat(tokenizer, talk)[0] if tokenizer.template else ())])
@@ -101,8 +104,9 @@ def check_vocabulary(tokenizer, vocab_size, directory):
                          f"{vocab_size} in config.json")
 
 
-# render_chat once more, in Jinja, for programs that read a chat template from a model's folder; tests compare the two.
-# BLOCK: the system block of a conversation without a system message; DEFAULT: the text before every system message.
+# render_chat in Jinja, for programs that read the chat template in a model's folder; tests compare the two.
+# BLOCK stands for the system block of a conversation without a system message, DEFAULT for the text before every
+# system message.
 CHAT_TEMPLATES = {
     "llama3": (
         "<|begin_of_text|>BLOCK{% for message in messages %}"
@@ -123,7 +127,7 @@ CHAT_TEMPLATES = {
         "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + ' </s>' }}{% endif %}"
         "{% endfor %}"),
 }
-# by which a template's source is known, and how a system block begins and ends there
+# MARKS: the text by which a template's source is recognised. SYSTEM_BLOCK: how a system message begins and ends in it.
 MARKS = {"llama3": "<|start_header_id|>", "chatml": "<|im_start|>", "llama2": "[INST]"}
 SYSTEM_BLOCK = {"llama3": ("<|start_header_id|>system<|end_header_id|>\\n\\n", "<|eot_id|>"),
                 "chatml": ("<|im_start|>system\\n", "<|im_end|>"), "llama2": ("<<SYS>>\\n", "\\n<</SYS>>")}
@@ -132,8 +136,8 @@ SYSTEM_BLOCK = {"llama3": ("<|start_header_id|>system<|end_header_id|>\\n\\n", "
 def chat_template(tokenizer):
     """The Jinja source with which other programs render conversations as render_chat does.
 
-    They tokenise the text as one string; so Llama 2's has the space that its tokenizer puts before an answer. Control
-    tokens are written out, because bos_token and eos_token are whatever the settings of a folder say.
+    They tokenise the whole text as one string, so Llama 2's source writes the space that its tokenizer puts before an
+    answer. Control tokens are written out, because a folder's settings may give bos_token and eos_token other values.
     """
     name, default, block = tokenizer.template, tokenizer.default_system, ""
     quoted = (default or "").replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
@@ -144,19 +148,19 @@ def chat_template(tokenizer):
 
 
 def template_in(directory):
-    """(file, Jinja source) of the chat template in a model's folder, the one that transformers takes: before that of
-    tokenizer_config.json chat_template.jinja, of a list the one named "default". (None, None): the folder has none."""
+    """(file, Jinja source) of the chat template in a model's folder; (None, None) if the folder has none.
+
+    As in transformers, chat_template.jinja goes before the chat_template of tokenizer_config.json, and of a list of
+    named templates the one named "default" is taken.
+    """
     path = directory / "chat_template.jinja"
     if path.is_file():
-        try:
-            return path, path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        return path, read_text(path)
     path = directory / "tokenizer_config.json"
-    found = read_json(path).get("chat_template") if path.is_file() else None
+    found = read_json_if_there(path).get("chat_template")
     if isinstance(found, list):
-        found = next((one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"),
-                     found)
+        default = [one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"]
+        found = default[0] if default else found
     if found is None:
         return None, None
     if not isinstance(found, str):
@@ -166,11 +170,14 @@ def template_in(directory):
 
 
 def follow_template(tokenizer, path, source):
-    """Sets template and default_system of a tokenizer as the chat template of its folder has them; see template_in.
+    """Sets a tokenizer's template and default_system by the chat template of its folder; path, source: template_in's.
 
-    Nothing here runs Jinja: its source is searched, and refused where it may say something that ours does not.
+        a source with <|im_start|> and "Be brief."        template "chatml", default_system "Be brief."
+        no source, a vocabulary with <|im_start|>         template "chatml", default_system None
+
+    InputError where the source may write a prompt that render_chat does not.
     """
-    if source is None:  # a base model learns the official prompt, of which Llama 3.1's has dates
+    if source is None:  # a base model learns the official prompt; Llama 3.1's has dates
         tokenizer.default_system = LLAMA3_SYSTEM if tokenizer.template == "llama3" else None
     if source is None or tokenizer.template is None:
         return
@@ -178,14 +185,15 @@ def follow_template(tokenizer, path, source):
     def refuse(what):
         raise InputError(f"{path}: the chat template {what}; expected Llama 3's, ChatML or Llama 2's, with one default "
                          "system text or none. A folder without chat template is taken for a base model's")
-    more = {"chatml": {"<|im_start|>", "<|im_end|>"}, "llama2": {"<s>", "</s>"}}  # that a vocabulary may also serve
-    possible = [tokenizer.template, *(name for name in more if more[name] <= set(tokenizer.special))]
+    # a vocabulary may have the control tokens of a second template, and its folder may use that one
+    others = {"chatml": {"<|im_start|>", "<|im_end|>"}, "llama2": {"<s>", "</s>"}}
+    possible = [tokenizer.template, *(name for name in others if others[name] <= tokenizer.special.keys())]
     name = next((name for name in possible if MARKS[name] in source), None)
     if name is None:
         refuse(f"has no {MARKS[tokenizer.template]}")
     if name == "chatml" and re.search("bos_token|strftime_now", source):
         refuse("writes bos_token or the day's date, which our ChatML does not")
-    texts = default_systems(source, *SYSTEM_BLOCK[name])
+    texts = default_systems(source, *SYSTEM_BLOCK[name])  # None: it cannot be told
     if name == "llama3" and LLAMA3_SYSTEM.partition("\n")[0] in source:
         texts = {LLAMA3_SYSTEM}
     elif texts is None or len(texts) > 1:
@@ -196,21 +204,26 @@ def follow_template(tokenizer, path, source):
 
 
 def default_systems(source, begin, end):
-    """The texts that the source of a chat template says by itself in a system block from `begin` to `end`: a set, None
-    where that cannot be told. They stand between the two, or in a message, or a variable is set to them."""
+    r"""The default system texts in the source of a chat template: a set, or None where the source does not tell.
+
+        '<|im_start|>system\nBe brief.<|im_end|>'         between `begin` and `end`, in a string or outside of Jinja
+        {% set system_message = 'Be brief.' %}            in a variable
+        {'role': 'system', 'content': 'Be brief.'}        in a message
+    """
     # transformers once wrote its switched-off default for Llama 2 into folders: a branch that is never taken
     source = re.sub(r"\{%-? elif false == true .*?(?=\{%-? (?:else|endif))", "", source, flags=re.DOTALL)
     begin, end = (re.escape(one).replace(r"\\n", r"(?:\\n|\n)") for one in (begin, end))
-    text = r"((?:(?!\1)[^\\]|\\.)"  # of a string that ends with the quotation mark that is group 1
-    texts = [found for pattern in (rf"(['\"]){begin}{text}*?){end}", rf"set\s+\w*system\w*\s*=\s*(['\"]){text}+)\1",
-                                   rf"['\"]system['\"]\s*,\s*['\"]content['\"]\s*:\s*(['\"]){text}*)\1")
-             for _, found in re.findall(pattern, source)]
+    char = r"(?:(?!\1)[^\\]|\\.)"  # one character, maybe escaped, of a string whose quotation mark is group 1
+    patterns = (rf"(['\"]){begin}({char}*?){end}",
+                rf"set\s+\w*system\w*\s*=\s*(['\"])({char}+)\1",
+                rf"['\"]system['\"]\s*,\s*['\"]content['\"]\s*:\s*(['\"])({char}*)\1")
+    texts = [found for pattern in patterns for _, found in re.findall(pattern, source)]
     try:
         texts = [found.encode("ascii", "backslashreplace").decode("unicode-escape") for found in texts]  # Jinja's way
     except UnicodeDecodeError:
         return None
     texts += re.findall(rf"(?:^|[%}}]}})\s*{begin}([^{{}}]*?){end}", source)  # outside of Jinja's brackets
-    # otherwise an expression must follow: the text of the conversation's own system message
+    # without a default text, only an expression may follow `begin`: the system message of the conversation
     if not texts and re.search(begin + r"(?!['\"]\s*(?:[+~]|-?\}\}\s*\{\{)|\s*\{\{)", source):
         return None
     return set(texts)

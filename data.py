@@ -1,7 +1,10 @@
-"""Conversations to training rows and batches.
+r"""Conversations to training rows and batches.
 
-A conversation becomes ids and labels: label t is the token wanted after position t, or -100 where nothing is trained.
-A step's rows are divided into micro-batches of about equal numbers of tokens, without padding where that costs.
+    ids      <|im_start|>  user  …  assistant  \n  So  .
+    labels       -100      -100  …    -100     So  .   <|im_end|>
+
+Label t is the token wanted after position t, or -100 where nothing is trained. A step's rows are divided into
+micro-batches of about equal numbers of tokens, packed end to end where padding would cost.
 """
 import itertools
 import math
@@ -20,8 +23,8 @@ from rows import note_bad_row, random_number
 def training_example(tokenizer, messages, max_length=None):
     """messages -> (ids, labels), two lists of one length; label t is the token wanted after position t, or -100.
 
-    The last token of the conversation is only ever a label. With `max_length` the end of the answer is cut, never the
-    prompt; nothing may be left to train, which the caller sees as labels that are all -100.
+    The last token of the conversation is a label and no input. Rows longer than `max_length` lose their end. If that
+    leaves nothing to train, all labels are -100.
     """
     ids, mask = render_chat(tokenizer, messages)
     labels = [i if trained else -100 for i, trained in zip(ids[1:], mask[1:])]
@@ -31,7 +34,7 @@ def training_example(tokenizer, messages, max_length=None):
 def render_rows(tokenizer, rows, max_length, *, on_bad_row="stop"):
     """[(where, messages)] -> ([(where, ids, labels)], report); ids and labels are int32 arrays, see training_example.
 
-    An answer that does not fit loses its end ("truncated"), a row with nothing left to train is dropped ("dropped").
+    The report counts rows that lost their end ("truncated") and rows left out with nothing to train ("dropped").
     """
     examples, counts, faults = [], Counter(truncated=0, dropped=0), []
     for where, messages in rows:
@@ -50,12 +53,12 @@ def render_rows(tokenizer, rows, max_length, *, on_bad_row="stop"):
 
 
 def render_pairs(tokenizer, rows, max_length, *, on_bad_row="stop"):
-    """[(where, pair_of's)] -> ([(where, prompt, chosen, rejected)], report); prompt and answers: int32 arrays of ids.
+    """[(where, rows.pair_of(row))] -> ([(where, prompt, chosen, rejected)], report); the three are int32 arrays of ids.
 
-    An answer is what the assistant's turn adds to the prompt, end-of-turn token and all; every token of it is trained.
-    Prompt and answer together have at most `max_length` inputs (the answer's last token is none): the end of an answer
-    is cut ("truncated"), never the prompt. Pairs without room for an answer ("dropped"), with an "empty" answer or with
-    two "equal" ones are left out; "faults" says where those are.
+    An answer is what the assistant's turn adds to the prompt, with its end-of-turn token; every token of it is trained.
+    Prompt and answer together have at most `max_length` inputs (the answer's last token is only a label): the end of an
+    answer is cut ("truncated"), never the prompt. Pairs without room for an answer ("dropped"), with an "empty" answer
+    or with two "equal" ones are left out; "faults" names the first of them.
     """
     pairs, counts, faults = [], Counter(truncated=0, dropped=0, empty=0, equal=0), []
     for where, (messages, *answers) in rows:
@@ -91,16 +94,16 @@ def answer_ids(tokenizer, messages, answer, start):
 
 
 def rows_of_pair(prompt, chosen, rejected):
-    """The two rows [(ids, labels), (ids, labels)] that a pair is, each with its own prompt; as training_example's."""
+    """The two training rows [(ids, labels), (ids, labels)] of a pair: prompt and chosen, prompt and rejected."""
     untrained = np.full(len(prompt) - 1, -100, dtype=np.int32)
     return [(np.concatenate([prompt, answer[:-1]]), np.concatenate([untrained, answer]))
             for answer in (chosen, rejected)]
 
 
 def show_example(tokenizer, ids, labels, colour=True):
-    """The text of one rendered row, what is trained in green (or between ⟦ and ⟧); `labels` as training_example's."""
+    """The text of one training row, its trained tokens in green (or between ⟦ and ⟧)."""
     begin, end = ("\x1b[30;42m", "\x1b[0m") if colour else ("⟦", "⟧")
-    last = [int(labels[-1])] if labels[-1] != -100 else []  # the final token is only ever a label
+    last = [int(labels[-1])] if labels[-1] != -100 else []  # the final token is a label and no input
     tokens = [int(i) for i in ids] + last
     trained = [False, *(label != -100 for label in labels)][:len(tokens)]
     text, start = "", 0
@@ -117,9 +120,9 @@ def show_example(tokenizer, ids, labels, colour=True):
 def steps_of_epochs(lengths, *, batch_size, budget, seed, rank=0, world=1, consumed=0):
     """Yields (row numbers of one optimizer step, [row numbers of each of this rank's micro-batches]), without end.
 
-    Epoch e goes through permutation(seed, e) of the rows, `batch_size` a step (its last step may have fewer), so the
-    rows of a step depend neither on the number of ranks nor on the budget, and `consumed` rows say where to go on: a
-    resume with another world size sees every row exactly once all the same.
+    Epoch e goes through a permutation of the rows that depends on `seed` and e alone, `batch_size` rows a step (fewer
+    in its last step). A step's rows depend neither on the number of ranks nor on the budget, and a run goes on after
+    `consumed` rows: after a resume on another number of ranks every row is still seen once an epoch.
     """
     n = len(lengths)
     while True:
@@ -135,10 +138,10 @@ def steps_of_epochs(lengths, *, batch_size, budget, seed, rank=0, world=1, consu
 def split_step(lengths, budget, world=1):
     """Divides rows into micro-batches of about equal numbers of tokens, at most `budget`: lists of indices.
 
-    Rows are sorted by length and cut into consecutive parts, so that a part holds rows of similar length and rank r's
-    i-th part (number i · world + r) costs about what the other ranks' do. The number of parts is a multiple of
-    `world`; a part may be empty, and a row longer than the budget is a part of its own. The largest come first: the
-    memory they took then serves the others.
+    Rows are sorted by length and cut into consecutive parts, so that the rows of a part have similar lengths and the
+    i-th parts of all ranks (numbers i · world + rank) cost about the same. The number of parts is a multiple of
+    `world`. A part may be empty, and a row longer than the budget is a part of its own. The largest parts come first,
+    so that the others reuse their memory.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     total = sum(lengths)
@@ -159,13 +162,15 @@ def split_step(lengths, budget, world=1):
 def collate(examples, packed=None):
     """[(where, ids, labels)] -> one micro-batch: a dict of ids and labels [B, T] int64, positions and documents.
 
-    Packed, the rows lie one behind the other in a single row [1, sum of lengths]: `documents` are their lengths, for
-    attention within each (fast.attend_apart), and `positions` [T] begin at 0 in each. Otherwise the rows lie one below
-    the other, padded at their end, which causal attention never reads (documents and positions None). By default
-    packed unless padding adds less than 2 %, because everything outside attention costs by the token. B · T is rounded
-    up to a multiple of 8 (packed, the last document grows by that), because with other numbers of rows matrix products
-    lose up to a fifth of their speed. `tokens` counts the tokens of the rows. No examples make a micro-batch of
-    untrained tokens: a rank without rows takes part in every collective.
+        packed        [a a a a b b · ·]      documents [4, 4], positions [0 1 2 3 0 1 2 3]
+        not packed    [a a a a]
+                      [b b · ·]              documents and positions None
+
+    Packed rows attend within their own document (fast.attend_apart). Padding stands at the end of a row, where causal
+    attention never reads it. By default rows are packed unless padding adds less than 2 %, because everything outside
+    attention costs by the token. B · T is rounded up to a multiple of 8, because matrix products are slower otherwise;
+    packed, the last document grows by that. `tokens` counts the tokens of the rows. Without examples the micro-batch
+    holds untrained tokens, because a rank without rows must take part in every collective.
     """
     lengths = [len(ids) for _, ids, _ in examples] or [1]
     width, longest = rounded_up(sum(lengths), 8), rounded_up(max(lengths), 8 // math.gcd(8, len(lengths)))
@@ -184,6 +189,7 @@ def collate(examples, packed=None):
 
 
 def rounded_up(n, multiple):
+    """The smallest multiple of `multiple` that is at least n."""
     return n + -n % multiple
 
 
@@ -195,11 +201,11 @@ def collate_pairs(pairs, shared=True):
         prompt[:-1] | prompt[-1], chosen[:-1] | prompt[-1], rejected[:-1]       the prompt once (shared)
         prompt[:-1]   prompt[-1], chosen[:-1] | prompt[:-1]   prompt[-1], rejected[:-1]                (not shared)
 
-    The positions of both answers go on from the prompt's, their labels are their own ids, and they must not see each
-    other: `documents` is [(length of a prefix, [lengths of its continuations])]. `parts` are the lengths, one after the
-    other, in which the chosen and rejected answers lie, and of the filling of T up to a multiple of 8; "lengths" [N, 2]
-    int64 are those of the answers alone. No pairs make a micro-batch of untrained tokens. Sharing saves the prompt's
-    share of the tokens and loses nothing where that is small (prompts of 146 tokens: 1.00 s a pair against 1.15).
+    The positions of both answers go on from the prompt's, their labels are their own ids, and neither may see the
+    other: `documents` is [(length of a prefix, [lengths of its continuations])]. `parts` are the lengths of the pieces
+    of T that end with a chosen or a rejected answer, in turn, and of the filling up to a multiple of 8; `lengths`
+    [N, 2] int64 are those of the answers alone. Without pairs the micro-batch holds untrained tokens. Sharing saves the
+    second prompt (prompts of 146 tokens: 1.00 s a pair against 1.15).
     """
     rows, positions, documents, parts, lengths = [], [], [], [], []
     for _, prompt, *answers in pairs:

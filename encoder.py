@@ -1,13 +1,16 @@
-"""Texts in, vectors out: a BERT encoder by hand, and the folders people keep one in.
+"""Texts in, vectors out: a BERT encoder by hand, and every kind of folder that one is kept in.
 
     x [M, D] = norm(word + position + type)          the tokens of a batch of texts end to end, without padding
     for each layer:   x = norm(x + attention(x));   x = norm(x + down(gelu(up(x))))
     vector of a text = x at [CLS] (bge) or its mean over the text (MiniLM)
-    cosine models: scaled to length 1;   dot models: as long as it comes
+    cosine models: scaled to length 1;   dot models: not scaled, unless modules.json says so
 
-A folder says in up to seven files how its texts become vectors: length, case, prompts, pooling, similarity. This file
-reads all of them and decides as sentence-transformers does, or names the setting that it cannot follow; it leaves out
-none that changes a vector. A folder without modules.json is a plain BERT: the mean over its tokens.
+    config.json, *.safetensors              the BERT            tokenizer.json, tokenizer_config.json   tokens, case
+    modules.json, 1_Pooling/config.json     pooling, scaling    sentence_bert_config.json               length, case
+    config_sentence_transformers.json       prompts, similarity, dimensions
+
+Every setting that changes a vector is followed as in sentence-transformers, or refused by name. A folder without
+modules.json is a plain BERT: the vector is the mean over its tokens.
 BERT: arXiv 1810.04805. Sentence vectors: arXiv 1908.10084. bge: arXiv 2309.07597.
 
     encoder = Encoder.from_dir("models/bge-large-en-v1.5")
@@ -30,9 +33,9 @@ from tokenizers import Tokenizer, normalizers
 from torch import nn
 from tqdm import tqdm
 
-from files import InputError, read_json, require_dir, sha256
+from files import InputError, read_json, read_json_if_there, read_text, require_dir, sha256
 from parallel import pick_device
-from tokenizer import check_unicode
+from tokenizer import as_input_error, check_unicode
 from weights import checkpoint_files, open_safetensors
 
 BGE_QUERY_INSTRUCTION = "Represent this sentence for searching relevant passages: "  # the model cards of bge-*-en-v1.5
@@ -70,8 +73,10 @@ def by_length(rows, groups):
 
 
 def self_attention(qkv, groups, n_heads):
-    """Every token attends to every token of its own text. qkv [M, 3D] -> [M, D]. Texts of equal length go together,
-    so nothing is padded and nothing masked."""
+    """Every token attends to every token of its own text. qkv [M, 3D] -> [M, D].
+
+    Texts of equal length are one batch of the attention, so nothing is padded and nothing masked.
+    """
     attended = []
     for part in by_length(qkv, groups):
         q, k, v = part.unflatten(2, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)  # each [count, H, length, C]
@@ -82,8 +87,8 @@ def self_attention(qkv, groups, n_heads):
 def affine(x, layer, gelu=False, plus=None):
     """layer(x) for x [M, in], then the exact GELU (with erf) or the sum with `plus` [M, out].
 
-    On a CPU in fp32 it calls oneDNN by name, which does either in the same pass; torch itself gives fp32 products to
-    MKL, which reaches less than half of oneDNN's speed on AMD processors (110 against 250 GFLOP/s a core).
+    On a CPU in fp32 it calls oneDNN by name, which does both in one pass; torch itself gives fp32 products to MKL,
+    which is slower on AMD processors (110 against 250 GFLOP/s a core).
     """
     if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         product = torch.ops.mkldnn._linear_pointwise
@@ -127,7 +132,7 @@ class Bert(nn.Module):
 
     @torch.inference_mode()
     def forward(self, texts, pooling):
-        """texts: arrays of token ids, equal lengths side by side -> [len(texts), D] float32, as long as they come."""
+        """texts: arrays of token ids, equal lengths side by side -> [len(texts), D] float32, not scaled."""
         groups = [(len(list(same)), length) for length, same in groupby(map(len, texts))]
         ids = torch.from_numpy(np.concatenate(texts)).to(self.word.weight.device)
         positions = torch.cat([torch.arange(len(text)) for text in texts]).to(ids.device)
@@ -157,8 +162,8 @@ def current_name(name):
 def load_bert(config, directory):
     """The encoder with the weights of a folder's safetensors file or shards, as float32.
 
-    InputError for a damaged file, and for missing, unknown, doubled or misshapen tensors and whole numbers in the place
-    of weights: the first five of them by name.
+    InputError for a damaged file, and for tensors that are missing, unknown, stored twice, of another shape or of whole
+    numbers: it names the first five.
     """
     with torch.device("meta"):
         model = Bert(config)
@@ -176,9 +181,12 @@ def load_bert(config, directory):
         for name, path in files.items():
             current, tensor = current_name(name), opened[path].get_slice(name)
             if not current.startswith(NOT_USED):
-                is_number = tensor.get_dtype() in ("F64", "F32", "F16", "BF16")
-                found[current] = "twice there" if current in found else \
-                    tensor.get_shape() if is_number else f"of {tensor.get_dtype()}"
+                if current in found:
+                    found[current] = "twice there"
+                elif tensor.get_dtype() in ("F64", "F32", "F16", "BF16"):
+                    found[current] = tensor.get_shape()
+                else:
+                    found[current] = f"of {tensor.get_dtype()}"
                 stored[current] = opened[path], name
         wrong = [f"{name} is {found.get(name, 'missing')} (expected {expected.get(name, 'no such tensor')})"
                  for name in {**expected, **found} if found.get(name) != expected.get(name)]
@@ -196,15 +204,12 @@ def load_bert(config, directory):
 
 # ----- an encoder's folder -------------------------------------------------------------------------------------------
 
-def read_json_if_there(path):
-    return read_json(path) if path.exists() else {}
-
-
 def read_modules(directory):
-    """(folder of the BERT, "cls" or "mean", whether vectors are scaled to length 1), as modules.json says.
+    """(folder of the BERT, "cls" or "mean", whether vectors are scaled to length 1), from modules.json.
 
-    InputError for any module beside Transformer, Pooling and Normalize, a custom class of one of these names too.
-    Without modules.json it is a plain BERT, unless other files of sentence-transformers show that it was left behind.
+    InputError for any module but Transformer, Pooling and Normalize, and for a custom class with one of these names.
+    A folder without modules.json is a plain BERT; InputError if it has other files of sentence-transformers, because
+    then modules.json was lost.
     """
     path = directory / "modules.json"
     if not path.exists():
@@ -222,7 +227,9 @@ def read_modules(directory):
             or not folders[1]:
         raise InputError(f"{path}: found the folders {folders} of modules; expected names of folders beside it")
     root = require_dir(directory / folders[0], "the Transformer that modules.json names")
-    scaling = read_json_if_there(directory / folders[2] / "config.json") if folders[2:] and folders[2] else {}
+    scaling = {}
+    if folders[2:] and folders[2]:
+        scaling = read_json_if_there(directory / folders[2] / "config.json")
     for key, value in scaling.items():
         if value not in (None, "sentence_embedding"):
             raise InputError(f"{directory / folders[2]}/config.json: {key} is {value!r}; expected 'sentence_embedding'")
@@ -232,8 +239,9 @@ def read_modules(directory):
 def read_pooling(path):
     """"cls" or "mean", from a Pooling's config.json in its old or new form; InputError for other kinds."""
     raw = read_json(path)
-    modes = raw.get("pooling_mode") or [key.removeprefix("pooling_mode_") for key, on in raw.items()
-                                        if key.startswith("pooling_mode_") and on] or "mean"
+    switched_on = [key.removeprefix("pooling_mode_") for key, on in raw.items()
+                   if key.startswith("pooling_mode_") and on]  # the old form: {"pooling_mode_cls_token": true, …}
+    modes = raw.get("pooling_mode") or switched_on or "mean"
     modes = modes if isinstance(modes, list) else [modes]
     names = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean"}
     if len(modes) != 1 or str(modes[0]) not in names or raw.get("include_prompt", True) is not True:
@@ -242,22 +250,23 @@ def read_pooling(path):
     return names[modes[0]]
 
 
-PLAIN_TEXT = {  # sentence_bert_config.json says so of every model of texts
+PLAIN_TEXT = {  # stands in sentence_bert_config.json of every model of texts
     "transformer_task": "feature-extraction", "module_output_name": "token_embeddings",
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}}
 
 
 def read_text_settings(root, tokenizer_config, positions):
-    """(tokens of a text at most, whether sentence-transformers lowers its case), of the folder of a BERT.
+    """(most tokens of a text, whether sentence-transformers lowers its case), from the folder of a BERT.
 
-    The length stands in sentence_bert_config.json as max_seq_length; since version 6, and in a plain BERT, in
-    tokenizer_config.json as model_max_length; and the model has no more than its `positions`.
+    The length is max_seq_length in sentence_bert_config.json, or else (since version 6, and in a plain BERT)
+    model_max_length in tokenizer_config.json; at most the model's `positions`.
     """
-    path = min(root.glob("sentence_*_config.json"), default=root / "sentence_bert_config.json",
-               key=lambda path: (path.name != "sentence_bert_config.json", path.name))
+    path = root / "sentence_bert_config.json"
+    if not path.exists():  # models of other names have sentence_roberta_config.json, …
+        path = min(root.glob("sentence_*_config.json"), default=path)
     settings = read_json_if_there(path)
     length, lower_case = settings.pop("max_seq_length", None), settings.pop("do_lower_case", None)
-    settings.pop("unpad_inputs", None)  # of speed
+    settings.pop("unpad_inputs", None)  # changes the speed, no vector
     for key, value in settings.items():
         if value not in (None, {}, PLAIN_TEXT.get(key)):
             raise InputError(f"{path}: {key} is {value!r}; expected {PLAIN_TEXT.get(key, 'no such setting')!r}")
@@ -273,8 +282,11 @@ def read_text_settings(root, tokenizer_config, positions):
 
 
 def read_prompts(path):
-    """(text in front of queries or None where nothing is said, text in front of what is indexed), of
-    config_sentence_transformers.json: the prompts named for the purpose, else the one of default_prompt_name."""
+    """(text in front of queries, text in front of indexed texts), from config_sentence_transformers.json.
+
+    The prompts are called "query" and "document" ("passage", "corpus"), or else default_prompt_name names one for both.
+    The first is None if the file has no prompts at all.
+    """
     raw = read_json_if_there(path)
     prompts, default = raw.get("prompts") or {}, raw.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(text, (str, type(None))) for text in prompts.values()):
@@ -288,7 +300,7 @@ def read_prompts(path):
 
 
 def read_similarity(path):
-    """("cosine" or "dot", numbers of a vector that are used or None for all), of config_sentence_transformers.json."""
+    """("cosine" or "dot", how many numbers of a vector are used, None: all), from config_sentence_transformers.json."""
     raw = read_json_if_there(path)
     similarity, dimension = raw.get("similarity_fn_name") or "cosine", raw.get("truncate_dim")
     if raw.get("model_type", "SentenceTransformer") != "SentenceTransformer":
@@ -301,17 +313,21 @@ def read_similarity(path):
 
 
 def is_english_bge(directory, name):
-    """Whether a folder is a bge-*-en by its name, that of the folder it links to, that of the repository in a Hugging
-    Face cache, or by the `name` in its config.json."""
+    """Whether a folder is a bge-*-en model by one of its names.
+
+    These are its own, that of the folder it links to, that of the repository in a Hugging Face cache
+    (models--BAAI--bge-large-en-v1.5/snapshots/…), and the `name` in its config.json.
+    """
     paths = (directory.absolute(), directory.resolve())
     names = [name, *(path.parents[1].name if path.parent.name == "snapshots" else path.name for path in paths)]
     return any("bge-" in name.lower() and "-en" in name.lower() for name in names)
 
 
 def bert_normalizer(raw, path):
-    """The settings of BertNormalizer that tokenizer_config.json decides, or None where tokenizer.json does.
+    """BertNormalizer's settings in `raw` (tokenizer_config.json); None where the normalizer of tokenizer.json counts.
 
-    BertTokenizer, which is also the class of a BERT that names none, builds the normalizer anew from its own settings.
+    BertTokenizer, which is also the class of a BERT that names none, builds its normalizer from tokenizer_config.json;
+    other classes run the one of tokenizer.json.
     """
     kind = str(raw.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast")
     if raw.get("auto_map"):
@@ -329,23 +345,17 @@ def bert_normalizer(raw, path):
 
 
 def read_tokenizer(path, raw, vocab_size, lower_case):
-    """(tokenizer, ids before and after a text, the side that is cut, its normalizer where tokenizer.json has another).
+    """(tokenizer, [id before a text, id after it], the side that is cut, settings of its normalizer or None).
 
-    raw: tokenizer_config.json. The tokenizer comes without its stored padding and truncation, and control tokens typed
-    in a text stay text.
+    raw: tokenizer_config.json; the normalizer is None if it is the one in tokenizer.json. The tokenizer neither pads
+    nor truncates, whatever its file says, and control tokens typed in a text stay text.
     """
     config_path = path.with_name("tokenizer_config.json")
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected the tokenizer as one file, which transformers' AutoTokenizer "
                          "saves from a vocab.txt")
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
-    except OSError:
-        raise
-    except BaseException as error:  # the Rust library can panic, and its panic is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise InputError(f"{path}: not a readable tokenizer ({error})") from None
+    with as_input_error(path):
+        tokenizer = Tokenizer.from_str(read_text(path))
     side = raw.get("truncation_side") or (tokenizer.truncation or {}).get("direction", "right")
     if side not in ("left", "right"):
         raise InputError(f"{config_path}: truncation_side is {side!r}; expected 'left' or 'right'")
@@ -361,9 +371,9 @@ def read_tokenizer(path, raw, vocab_size, lower_case):
     if lower_case:
         rest = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
-    control = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    vocabulary, frame = tokenizer.get_vocab(), tokenizer.encode("").ids
-    ids = {*frame, *vocabulary.values()} - (control - {*frame})  # a [MASK] past the vocabulary comes out of no text
+    control = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    vocabulary, frame = tokenizer.get_vocab(), tokenizer.encode("").ids  # frame: [CLS], [SEP]
+    ids = {*vocabulary.values()} - control | {*frame}  # no text has the id of [MASK], so it may lie past vocab_size
     if len(frame) != 2 or max(ids) >= vocab_size:
         raise InputError(f"{path}: {len(vocabulary)} tokens, {len(frame)} around a text; expected one before it and "
                          f"one after it ([CLS], [SEP]), ids below vocab_size {vocab_size}")
@@ -377,16 +387,16 @@ class Encoder:
 
     @classmethod
     def from_dir(cls, directory, device="cpu", dtype=torch.float32, query_instruction=None, batch_tokens=None):
-        """Reads config.json, tokenizer.json, tokenizer_config.json, safetensors weights, and sentence-transformers' own
-        files. InputError for whatever is not a BERT with CLS or mean pooling, compared by cosine or dot.
+        """Reads the files listed at the top of this module. InputError for anything but a BERT with CLS or mean pooling
+        whose vectors are compared by cosine or dot.
 
-        query_instruction: text in front of queries, never of what is indexed; None: as the folder says, and where it
-        says nothing a sentence for bge-*-en, else none.
-        batch_tokens: None: 1,024 on a CPU, where a batch should stay in the cache, 16,384 on a GPU.
+        query_instruction: text in front of queries, never of indexed texts; None: the folder's, or if it gives none
+        BGE_QUERY_INSTRUCTION for a bge-*-en and "" for others.
+        batch_tokens: tokens of a batch; None: 1,024 on a CPU, so that a batch stays in its cache, 16,384 on a GPU.
         """
         self, directory = cls(), require_dir(directory, "an encoder")
         root, self.pooling, scaled = read_modules(directory)
-        if (root / "adapter_config.json").exists():
+        if (root / "adapter_config.json").exists():  # checked first, because an adapter's folder may lack config.json
             raise InputError(f"{root}/adapter_config.json: an adapter to a model; expected the two merged, without it")
         if not any(root.glob("*.safetensors")) and (pickled := sorted(root.glob("*.bin"))):
             raise InputError(f"{pickled[0]}: weights in a pickle, which could run code; expected model.safetensors")
@@ -414,7 +424,7 @@ class Encoder:
 
     @cached_property
     def identity(self):
-        """All that decides the vectors, as a dict: stored with an index, and compared when the index is used."""
+        """Everything that decides the vectors, as a dict: stored with an index, and compared when the index is used."""
         weights = [sha256(path) for path in sorted(set(checkpoint_files(self.root).values()))]
         return {"model_sha256": weights[0] if len(weights) == 1 else
                 hashlib.sha256("".join(weights).encode()).hexdigest(),
@@ -437,16 +447,16 @@ class Encoder:
     def vectors_of(self, texts):
         """Arrays of token ids, equal lengths side by side -> [len(texts), dimension] float32 on the model's device."""
         pooled = self.model(texts, self.pooling)
-        if self.similarity == "dot" and self.normalize:  # a dot model that scales does so before it is cut
+        if self.similarity == "dot" and self.normalize:  # by its Normalize module, which stands before the cut
             pooled = F.normalize(pooled, dim=1)
         pooled = pooled[:, :self.dimension]
         return F.normalize(pooled, dim=1) if self.similarity == "cosine" else pooled
 
     def encode(self, texts, is_query=False, progress=False):
-        """list of str -> float32 [N, dimension], of a cosine model rows of length 1; a text's vector does not depend on
-        its company (to 1e-6).
+        """list of str -> float32 [N, dimension]; a cosine model's rows have length 1.
 
-        InputError for a text that is not Unicode, and for weights that give NaN.
+        A text's vector does not depend on the other texts (to 1e-6). InputError for a text that is not Unicode, and for
+        weights that give NaN.
         """
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         prefix = self.query_instruction if is_query else self.document_prompt
@@ -480,10 +490,10 @@ def plan_batches(lengths, batch_tokens):
 
 
 def on_all_threads(work, items):
-    """Yields work(item) for every item, several at once, each on its share of torch's threads.
+    """Yields work(item) for every item in order, several at once, each on its share of torch's threads.
 
-    Threads that share a batch wait for each other after every operation; with a batch each they do not (measured on
-    two cores: 1.3 times as many texts a second, and more while others use the machine).
+    Threads that share a batch wait for each other after every operation; threads with a batch each do not (on two
+    cores: 1.3 times as many texts a second).
     """
     threads = torch.get_num_threads()
     workers = min(threads, len(items))

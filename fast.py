@@ -454,11 +454,11 @@ def return_freed_memory(device):
 
 
 class Threads:
-    """Torch's CPU threads, one for each core that other processes leave idle; asked between two steps or answers.
+    """Sets torch's CPU threads to one for each core that other processes leave idle, between two steps or answers.
 
-    The threads of a parallel operation wait for the last one. Beside one busy process on two cores, two threads keep
-    40 % of their rate and one keeps 60 %. The number of threads changes no bit of a result. A number that the user has
-    set (OMP_NUM_THREADS) stays, and so does torch's own outside Linux.
+    The threads of a parallel operation wait for the last one: beside one busy process on two cores, two threads keep
+    40 % of their rate and one keeps 60 %. The number of threads changes no bit of a result. It is left alone where the
+    user has set it (OMP_NUM_THREADS), and outside Linux.
     """
 
     def __init__(self):
@@ -468,7 +468,7 @@ class Threads:
 
     @staticmethod
     def look():
-        """(seconds, CPU seconds of all processes on the cores we may use, CPU seconds of this process) until now."""
+        """(clock, CPU seconds of all processes on the cores we may use, CPU seconds of this process), all up to now."""
         ours, ticks = {f"cpu{i}" for i in os.sched_getaffinity(0)}, 0
         with open("/proc/stat") as file:
             for name, *times in map(str.split, file):
@@ -478,17 +478,17 @@ class Threads:
         return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
 
     def leave_busy_cores(self):
-        """Sets the number of threads by what other processes used since the last time, if that is 0.2 s ago or more."""
+        """Sets the number of threads by the CPU time of other processes since the last call; not within 0.2 s of it."""
         if self.fixed:
             return
         now = self.look()
         seconds, used, own = (after - before for after, before in zip(now, self.seen))
-        if seconds < 0.2:  # too few of the kernel's ticks of 10 ms
+        if seconds < 0.2:  # the kernel counts in ticks of 10 ms: too few of them
             return
         idle = len(os.sched_getaffinity(0)) - round((used - own) / seconds)
         torch.set_num_threads(max(1, min(self.most, idle)))
         self.seen = now
 
     def close(self):
-        """Sets the first number again."""
+        """Sets the number of threads that there was at the start."""
         torch.set_num_threads(self.most)

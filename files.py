@@ -150,6 +150,14 @@ def parse_json(text, where):
         raise InputError(f"{where}: not valid JSON ({one_line(error)})") from None
 
 
+def read_text(path, where=None):
+    """The text of a UTF-8 file, without a byte order mark; `where` names it in the InputError (else its path)."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where or path}: not UTF-8 text (byte {error.start})") from None
+
+
 def read_json(path, expect=dict):
     """The JSON value in the file `path`; it must be of the type `expect`."""
     path = Path(path)
@@ -158,14 +166,15 @@ def read_json(path, expect=dict):
     if path.stat().st_size > MAX_JSON_BYTES:
         raise InputError(f"{path}: {path.stat().st_size:,} bytes; expected JSON of at most {MAX_JSON_BYTES:,}"
                          + (", or one object a line" if expect is list else ""))
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # without a BOM
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    value = parse_json(text, path)
+    value = parse_json(read_text(path), path)
     if not isinstance(value, expect):
         raise InputError(f"{path}: found a JSON {type(value).__name__}, expected a {expect.__name__}")
     return value
+
+
+def read_json_if_there(path):
+    """The JSON object in the file `path`, or {} if there is no such file."""
+    return read_json(path) if Path(path).exists() else {}
 
 
 def read_jsonl(path, max_line_bytes=16 << 20):

@@ -1,4 +1,4 @@
-"""Messages as people have them, read into one form: {"role": "system" | "user" | "assistant", "content": str}.
+"""Messages as people write them, read into one form: {"role": "system" | "user" | "assistant", "content": str}.
 
     {"role": "user", "content": "Why?"}                                             OpenAI, TRL, FineMed-DPO
     {"role": "user", "content": [{"type": "text", "text": "Why?"}]}                 text in parts
@@ -6,8 +6,8 @@
     {"role": "assistant", "reasoning_content": "Hm.", "content": "So."}             reasoning beside the answer
     {"role": "assistant", "content": "So.", "weight": 0}                            an answer that is not to be trained
 
-The last becomes a message with "train": False. Rows and the chat templates both stand on this file: a key that changes
-the meaning is read or refused by name, null is absent, and any other key is left alone.
+The last becomes a message with "train": False. rows.py and chat.py both read messages by this file. A key that changes
+the meaning is read or refused by name, null counts as absent, and any other key is ignored.
 """
 import re
 
@@ -17,29 +17,30 @@ CONVERSATIONS = ("messages", "conversations")
 ROLES = {"human": "user", "Human": "user", "gpt": "assistant", "Assistant": "assistant", "developer": "system"}
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "Complex_CoT")
 TRAINED = ("train", "weight", "loss")  # axolotl's, OpenAI's, ms-swift's
-REFUSED = frozenset((  # they change what the model reads or says, and have no place in the templates here
+REFUSED = frozenset((  # they change what the model reads or writes, and the templates here have no place for them
     "tools", "functions", "tool_calls", "function_call", "image", "images", "video", "videos", "audio", "audios",
     "documents", "chat_template", "chat_template_kwargs"))
 REFUSED_IN_MESSAGES = REFUSED | {"tool_call_id", "refusal", "prefix", "train_detail"}
-TRANSCRIPT = re.compile(r"\s*Human:"), re.compile(r"(?:^|\n\n)(Human|Assistant):")  # a text of HH-RLHF, and a turn
+# how a text in HH-RLHF's form begins, and how a turn in it does
+TRANSCRIPT = re.compile(r"\s*Human:"), re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 # ----- keys ----------------------------------------------------------------------------------------------------------
 
 
 def is_empty(value):
-    """Whether a value says nothing: null, false, white space, or a list or dict of nothing else."""
+    """Whether a value says nothing: null, false, white space, or a list or dict of such values only."""
     if isinstance(value, (list, dict)):
         return all(map(is_empty, value.values() if isinstance(value, dict) else value))
     return value is None or value is False or (isinstance(value, str) and (not value or value.isspace()))
 
 
 def names_in(mapping, names):
-    """Those of `names` under which `mapping` says something."""
+    """Those of `names` whose value in `mapping` is not empty."""
     return [name for name in names if not is_empty(mapping.get(name))]
 
 
 def value_under(mapping, names, where=""):
-    """The value under one of `names`, which mean the same; InputError where two of them differ."""
+    """The value under one of `names`, which all mean the same; None if it has none, InputError if two differ."""
     found = names_in(mapping, names) or [name for name in names if mapping.get(name) is not None]
     for name in found[1:]:
         if mapping[name] != mapping[found[0]]:
@@ -48,16 +49,16 @@ def value_under(mapping, names, where=""):
 
 
 def refuse(mapping, names=REFUSED, where=""):
-    """InputError where a row or a message says something under one of `names`."""
+    """InputError if a row or a message has a value under one of `names`."""
     for name in sorted(names & mapping.keys()):
-        if not is_empty(mapping[name]) and mapping[name] not in ("[]", "{}"):  # tools may be JSON in a text
+        if not is_empty(mapping[name]) and mapping[name] not in ("[]", "{}"):  # "tools": "[]" is JSON within JSON
             raise InputError(f"{where}found {name}, which changes the meaning and cannot be read here; expected none")
 
 # ----- messages ------------------------------------------------------------------------------------------------------
 
 
 def check_messages(messages):
-    """(system text or None, [(role, content, trained), …]) of a list of messages; InputError names the fault."""
+    """messages in our form -> (system text or None, [(role, content, trained), …]); InputError names the fault."""
     if not isinstance(messages, list) or not messages:
         raise InputError("found no messages; expected a list of {role, content}")
     turns = []
@@ -73,7 +74,7 @@ def check_messages(messages):
 
 
 def check_message(message, number):
-    """(role, content) of a message in our form; InputError for another."""
+    """(role, content) of a message in our form; InputError for anything else."""
     role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
     if role not in ("system", "user", "assistant") or not isinstance(content, str):
         raise InputError(f"message {number} has role {role!r} and content of type {type(content).__name__}; "
@@ -82,7 +83,7 @@ def check_message(message, number):
 
 
 def read_turns(record, name, role):
-    """The messages under a key of a row: a list of them, one of them, or a text, which `role` says; [] for null."""
+    """The messages under the key `name` of a row: a list of them, one of them, or a text of `role`; [] for null."""
     value = record.get(name)
     if isinstance(value, str) and name not in CONVERSATIONS:
         return read_transcript(value, role) or [{"role": role, "content": value}]
@@ -94,7 +95,10 @@ def read_turns(record, name, role):
 
 
 def read_transcript(text, role):
-    """The messages of a text in HH-RLHF's form, "Human: … Assistant: …"; None for any other. A prompt's ends open."""
+    """The messages of a text in HH-RLHF's form, "Human: … Assistant: …"; None for any other text.
+
+    A prompt (`role` "user") ends with an empty "Assistant:", which is left out.
+    """
     begins, turn = TRANSCRIPT
     parts = turn.split(text.strip()) if begins.match(text) else ()  # "", "Human", text, "Assistant", text, …
     if len(parts) < 5:
@@ -104,7 +108,7 @@ def read_transcript(text, role):
 
 
 def read_message(message, number):
-    """One message of a row in our form. InputError for what cannot be read, by its number in the conversation."""
+    """One message of a row in our form. InputError with the message's number for one that cannot be read."""
     if not isinstance(message, dict):
         check_message(message, number)
     where = f"message {number}: "
@@ -127,6 +131,7 @@ def read_message(message, number):
 
 
 def text_of_part(part, where):
+    """The text of one part of a message's content; InputError for an image or any other part."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text" or not isinstance(part.get("text"), str):
         raise InputError(f"{where}found a part of type {kind!r} in the content; expected text alone")
@@ -134,7 +139,10 @@ def text_of_part(part, where):
 
 
 def with_thought(mapping, answer, where=""):
-    """The answer with the reasoning beside it, as the project's two parts, which ttt.split_answer tells apart again."""
+    """The answer with the reasoning that stands beside it in `mapping`, in one text; ttt.split_answer undoes it.
+
+        {"reasoning": "Hm."} and "So."    becomes    "## Thought\\n\\nHm.\\n\\n## Summarization\\n\\nSo."
+    """
     thought = value_under(mapping, THOUGHTS, where)
     if not isinstance(thought, str) or not answer.strip() or "## Thought" in answer:
         raise InputError(f"{where}found reasoning of type {type(thought).__name__} beside no answer, or one that has "
@@ -143,7 +151,11 @@ def with_thought(mapping, answer, where=""):
 
 
 def one_prompt(given, context):
-    """The messages before an answer where a row states them twice, once; a system message may stand in either."""
+    """One list of the messages before an answer, where a row has two: `given` by other keys, and in a conversation.
+
+        [question 2] and [question 1, answer 1, question 2]     become the second: one must be the end of the other
+        [system] and [question]                                 become [system, question]
+    """
     systems = [part[0]["content"] for part in (given, context) if part and part[0]["role"] == "system"]
     if len(set(systems)) > 1:
         raise InputError("found two system messages that differ; expected one")

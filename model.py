@@ -235,9 +235,9 @@ class KVCache:
 
 
 def open_checkpoint(directory):
-    """(the LlamaConfig, {tensor: its file}) of a folder, after both were compared; InputError names what does not fit.
+    """(LlamaConfig, {tensor: its file}) of a model's folder; InputError names the tensors that do not fit the config.
 
-    The files decide, as in transformers: a model that is declared tied and has a head of its own is untied.
+    As in transformers, the files decide on tying: a model declared tied whose files hold another head is untied.
     """
     config = LlamaConfig.from_json(Path(directory) / "config.json")
     files = checkpoint_files(directory)
@@ -250,9 +250,9 @@ def open_checkpoint(directory):
 def load_model(directory, device="cpu", dtype=torch.bfloat16, seed=0):
     """The Llama in `directory` (Hugging Face layout), its weights in `dtype` on `device`, ready for inference.
 
-    Built on the meta device and filled from memory-mapped files piece by piece: the peak is the weights. Weights stored
-    in more than bf16 become bf16 by stochastic rounding, repeatable from `seed`. InputError names the fault. A program
-    calls fast.reuse_freed_memory() first.
+    The model is built on the meta device and filled from memory-mapped files piece by piece, so memory holds the
+    weights and one piece. Weights more exact than bf16 become bf16 by stochastic rounding, repeatable from `seed`.
+    InputError names the fault. A program calls fast.reuse_freed_memory() first.
     """
     directory = require_dir(directory, "a model (config.json and safetensors files)")
     config, files = open_checkpoint(directory)

@@ -5,8 +5,8 @@
 
 FineMedLM-o1 (arXiv 2501.09213) trains at test time on the stored reasoning whose *question* is nearest to the one
 asked: the question is embedded, the whole record stored. Upstream embedded queries together with a long shared prompt,
-mean-pooled a CLS model and did not normalise; here encoder.py takes all this from the model's own files, and the index
-keeps it: a search embeds its query as the index was built. FAISS: arXiv 2401.08281.
+mean-pooled a CLS model and did not normalise; here encoder.py takes all this from the model's own files. The index
+stores these settings, and a search embeds its query by them. FAISS: arXiv 2401.08281.
 
     python retrieve.py build --data data/traces.jsonl --encoder models/bge-large-en-v1.5 --out index/traces
     python retrieve.py search --index index/traces --k 3 "What causes urinary tract infections in children?"
@@ -47,7 +47,8 @@ DEFAULT_ENCODER = "models/all-minilm-l6-v2"
 DEFAULT_INDEX = "index/traces"
 FORMAT = "finemedlm-index-1"
 INDEX_FILES = {"manifest.json", "records.jsonl", "vectors.safetensors"}
-# how every encoder of an index that does not say so made its vectors; lower_case it obeyed without saying
+# an older index does not state these settings of its encoder and was built with these values; nor does it state
+# lower_case, which was followed
 UNSAID = {"document_prompt": "", "similarity": "cosine", "normalize": True, "truncate_dim": None,
           "truncation_side": "right", "normalizer": None}
 
@@ -64,8 +65,8 @@ class Index:
 
     @classmethod
     def build(cls, encoder, records, field="instruction", factory="Flat", sources=(), progress=False):
-        """Embeds the question of every record (a dict); `sources` goes into the manifest as it is. Of records with the
-        same question and conversation the first is kept; the manifest counts the others as `repeats`.
+        """Embeds the question of every record (a dict); `sources` is copied into the manifest. The first of several
+        records with the same question and conversation is kept; the manifest counts the others as `repeats`.
 
         Under torchrun every rank calls this with the same records and encodes its share; rank 0 gets the index, the
         others None. InputError for a record without a question, and for a factory string FAISS cannot build.
@@ -107,8 +108,8 @@ class Index:
 
     @classmethod
     def load(cls, directory, encoder=None):
-        """Reads what `save` wrote; FAISS's own structure is built anew, never read. With an `encoder`, it must be the
-        one the index was built with. InputError for a missing, damaged or edited file."""
+        """Reads an index that `save` wrote; an `encoder` passed in must be the one that built it. FAISS's own structure
+        is built anew, never read. InputError for a missing, damaged or edited file."""
         directory = require_dir(directory, "an index")
         manifest = read_json(directory / "manifest.json")
         if manifest.get("format") != FORMAT or manifest.get("sha256") != manifest_sha256(manifest):
@@ -128,8 +129,10 @@ class Index:
         if vectors.shape != shape or vectors.dtype != np.float32 or len(records) != shape[0]:
             raise InputError(f"{directory}: {vectors.dtype} vectors {vectors.shape} and {len(records)} records; "
                              f"expected float32 {shape} and {shape[0]}, as in manifest.json")
-        squares, cosine = np.einsum("nd,nd->n", vectors, vectors), says(manifest, "similarity") == "cosine"
-        if not np.all(np.abs(squares - 1) < 1e-3 if cosine else np.isfinite(squares)):  # NaN fails either
+        squares = np.einsum("nd,nd->n", vectors, vectors)  # squared lengths
+        cosine = says(manifest, "similarity") == "cosine"
+        sound = np.abs(squares - 1) < 1e-3 if cosine else np.isfinite(squares)  # NaN is neither
+        if not np.all(sound):
             expected = "of length 1" if cosine else "finite"
             raise InputError(f"{directory}/vectors.safetensors: vectors not {expected}; expected those of `build`")
         if bad := [row for row in records if isinstance(row, InputError)]:
@@ -142,7 +145,7 @@ class Index:
     def load_encoder(self, directory=None, device="auto"):
         """The encoder of this index, from `directory` or where it was at build time, with the index's own instruction
         in front of queries. InputError unless it gives the vectors this index was built from."""
-        stated = self.manifest["encoder"]  # an index from before prompts were read has an instruction of no folder
+        stated = self.manifest["encoder"]  # without document_prompt, it is from before folders' prompts were read
         instruction = stated["query_instruction"] if "document_prompt" in stated else None
         encoder = Encoder.from_dir(directory or self.encoder_dir, device, query_instruction=instruction)
         self.check_encoder(encoder)
@@ -157,19 +160,21 @@ class Index:
 
 
 def says(manifest, key, otherwise=None):
-    """A setting of the encoder that built an index, by the index's manifest; see UNSAID for what an old one omits."""
+    """A setting of the encoder that built an index, from the index's manifest or else UNSAID."""
     return manifest["encoder"].get(key, UNSAID.get(key, otherwise))
 
 
 def without_repeats(records, field):
-    """The records of which no earlier one has the same question and conversation; a step of test-time training on
-    either is the same step. Other columns, such as an id, may differ."""
+    """The records without those that repeat the question and conversation of an earlier one.
+
+    A step of test-time training on either is the same step. Other columns, such as an id, may differ.
+    """
     kept = {}
     for record in records:
         try:
             trace = [[message["role"], message["content"]] for message in messages_of(record)]
         except InputError:
-            trace = record  # a question alone can be searched, if not trained on
+            trace = record  # a question without an answer can be searched, but not trained on
         text = json.dumps([question_of(record, field), trace], sort_keys=True)
         kept.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), record)
     return list(kept.values())
@@ -202,7 +207,7 @@ def build_faiss(vectors, factory):
 
 
 def manifest_sha256(manifest):
-    """Of everything in the manifest but this hash itself."""
+    """The SHA-256 of a manifest without its own "sha256"."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -1,12 +1,12 @@
-"""Data rows as people have them: one reader of a conversation for SFT, DPO, the index and TTT.
+"""Data rows as people write them, read into conversations for SFT, DPO, the index and TTT.
 
     {"instruction": …, "response": …}                      FineMed-SFT; Alpaca with input and output; Orca's question
     {"prompt": …, "chosen": …, "rejected": …}              FineMed-DPO, TRL; texts, messages or whole conversations
     {"messages": [{"role": …, "content": …}, …]}           OpenAI; ShareGPT's conversations of from and value
-    with system, history [[question, answer], …], or reasoning beside the response
+    each with system, history [[question, answer], …], or reasoning beside the response
 
-A row is a dict; messages.py reads its messages. A key that changes the meaning is read or refused by name, null is
-absent, and any other key (text, source, score, …) is left alone. The question is stated once, whoever repeats it.
+A row is a dict; messages.py reads its messages. A key that changes the meaning is read or refused by name, null counts
+as absent, and any other key (text, source, score, …) is ignored. A question under several keys is read once.
 """
 import hashlib
 import heapq
@@ -26,7 +26,7 @@ from messages import (
 )
 
 QUESTIONS = ("instruction", "prompt", "query", "Question", "question")
-MATERIAL = ("input", "context")  # Alpaca's and Dolly's: the user gives it below the question
+MATERIAL = ("input", "context")  # Alpaca's and Dolly's: text that the user adds below the question
 OPTIONS = ("options", "choices", "opa", "opb", "opc", "opd")
 ANSWERS = ("response", "chosen", "completion", "output", "Response", "answer")
 SYSTEMS = ("system", "system_prompt", "system_message")
@@ -36,7 +36,7 @@ OPENAI_PAIR = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
 
 
 def prepared(record):
-    """A row without nulls, OpenAI's preference pairs under our names; InputError for one that cannot be learnt from."""
+    """A row without nulls, OpenAI's preference pairs under our names; InputError for a row that must not be trained."""
     if isinstance(record.get("input"), dict) and "messages" in record["input"]:
         record = {**record, "input": None, **record["input"]}
     refuse(record)
@@ -47,13 +47,22 @@ def prepared(record):
 
 
 def read_row(record, keys, questions=QUESTIONS):
-    """(the messages before the answers, [the messages of the answer under each of `keys`, [] where it has none])."""
+    """(the messages before the answers, [the messages of the answer under key, for each of `keys`]).
+
+        {"prompt": "Q", "chosen": "A", "rejected": "B"}, keys chosen and rejected
+            -> ([user Q], [[assistant A], [assistant B]])
+        {"messages": [user Q, assistant A]}, key messages
+            -> ([user Q], [[assistant A]]), and [[]] if the conversation ends with the user
+    """
     contexts, answers = [], []
     for key in keys:
         turns = read_turns(record, key, "assistant")
-        start = len(turns) - (turns[-1]["role"] == "assistant")
         if turns[0]["role"] == "assistant" and key not in CONVERSATIONS:
-            start = 0  # no whole conversation but an answer, or several messages that go on from the prompt
+            start = 0  # an answer alone, which goes on from the prompt
+        elif turns[-1]["role"] == "assistant":
+            start = len(turns) - 1  # a whole conversation, which ends with the answer
+        else:
+            start = len(turns)
         contexts.append(turns[:start])
         answers.append(turns[start:])
     whole = [context for key, context in zip(keys, contexts) if context and key not in CONVERSATIONS]
@@ -63,15 +72,20 @@ def read_row(record, keys, questions=QUESTIONS):
 
 
 def prompt_of(record, contexts, questions=QUESTIONS):
-    """The messages before a row's answer, from its texts or from the conversations in it, `contexts`; else InputError.
+    """The messages before a row's answer, from its own texts or from the conversations in it (`contexts`).
 
-    A text that stands beside a conversation must be part of it, and the options of a question part of the question.
+        {"system": "S", "instruction": "Q", "input": "I"}      [system S, user "Q\\nI"]
+        {"prompt": "Q", "messages": [user Q, assistant A]}     [user Q], from contexts [[user Q]]
+
+    InputError if there is no question, or if the row has text beside the conversation or options beside the question
+    that are not part of it.
     """
-    name = next(iter(names_in(record, questions)), None)
+    name = next(iter(names_in(record, questions)), None)  # the key of the question
     asked, history = read_turns(record, name, "user"), read_history(record)
     value_under(record, SYSTEMS)
     prompt = [turn for key in names_in(record, SYSTEMS)[:1] for turn in read_turns(record, key, "system")]
-    others = {*QUESTIONS, *MATERIAL} - {"question"}  # a benchmark's own question may stand beside the one made of it
+    # `others`: keys whose text must be part of the prompt; "question" may be a benchmark's original of a rewritten one
+    others = {*QUESTIONS, *MATERIAL} - {"question"}
     if len(asked) > 1 or (asked and not isinstance(record[name], str)):
         contexts, others = [asked, *contexts], others - {name}
     if any(contexts):
@@ -85,7 +99,8 @@ def prompt_of(record, contexts, questions=QUESTIONS):
             raise InputError(f"{' or '.join(MATERIAL)} is a list or an object; expected text")
         prompt += [*history, {"role": "user", "content": "\n".join(texts)}]
         others -= {name, *MATERIAL}
-        others |= set(() if name in ("instruction", "prompt") else OPTIONS)
+        if name not in ("instruction", "prompt"):
+            others |= {*OPTIONS}
     else:
         raise nothing_under(questions, record)
     check_parts(record, names_in(record, sorted(others)), prompt)
@@ -93,7 +108,7 @@ def prompt_of(record, contexts, questions=QUESTIONS):
 
 
 def check_parts(record, keys, prompt):
-    """InputError where the user says something under one of `keys` and not in `prompt`."""
+    """InputError if the text under one of `keys` is no part of the user's messages in `prompt`, nor they of it."""
     said = squeezed(" ".join(turn["content"] for turn in prompt if turn["role"] == "user")) if keys else ""
     for key in keys:
         for text in map(squeezed, texts_in(record[key])):
@@ -102,7 +117,7 @@ def check_parts(record, keys, prompt):
 
 
 def read_history(record):
-    """The exchanges before the question, LLaMA-Factory's [[question, answer], …], as messages."""
+    """LLaMA-Factory's history, [[question, answer], …] before the question, as messages."""
     messages, history = [], record["history"] if names_in(record, ["history"]) else []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
@@ -112,33 +127,39 @@ def read_history(record):
 
 
 def nothing_under(names, record):
+    """The InputError for a row that has text under none of `names`."""
     no_messages = " and no messages" if names[0] not in ANSWERS else ""
     return InputError(f"found no text under {' or '.join(names)}{no_messages} {keys_of(record)}")
 
 
 def keys_of(record):
+    """The keys of a row, for a message."""
     names = sorted(map(str, record))
     return f"(keys: {', '.join(names[:12]) or 'none'}{', …' if names[12:] else ''})"
 
 
 def squeezed(text):
+    """The text with single spaces for all white space."""
     return " ".join(text.split())
 
 
 def texts_in(value):
-    """All that a value holds, as texts, however deep."""
-    if isinstance(value, (list, dict)):
-        return [text for one in (value.values() if isinstance(value, dict) else value) for text in texts_in(one)]
+    """Every text and number in a value, in nested lists and dicts too, as strings."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [text for one in value for text in texts_in(one)]
     return [] if value is None else [str(value)]
 
 # ----- rows ----------------------------------------------------------------------------------------------------------
 
 
 def messages_of(record):
-    """The conversation of one data row as messages that end with the assistant's answer. InputError if it has none."""
+    """The conversation of a data row: messages that end with the assistant's answer. InputError if it has none."""
     record = prepared(record)
     conversations, names = names_in(record, CONVERSATIONS), names_in(record, ANSWERS)
-    names = names[:-1] if names[1:] and names[-1] == "answer" else names  # a key to the question beside a response
+    if names[1:] and names[-1] == "answer":
+        names.pop()  # beside a response, "answer" is a benchmark's letter or short solution
     prompt, answers = read_row(record, conversations + names)
     answers = [answer for answer in answers if answer] or [[]]
     if any(answer[-1]["content"] != answers[0][-1]["content"] for answer in answers[1:]):
@@ -161,9 +182,10 @@ def messages_of(record):
 
 
 def pair_of(record):
-    """(prompt messages, chosen answer, rejected answer) of a preference row; an answer may be empty. Else InputError.
+    """(prompt messages, chosen answer, rejected answer) of a preference row; an answer may be empty.
 
-    chosen and rejected are texts, messages, or whole conversations that differ in their last message.
+    chosen and rejected are texts, messages, or whole conversations that differ in their last message. InputError for
+    any other row.
     """
     record = prepared(record)
     for key in ("chosen", "rejected"):
@@ -182,7 +204,7 @@ def pair_of(record):
 
 
 def question_of(record, field="instruction"):
-    """The question of a row for an index: the last thing the user says, or what `field` holds. InputError without."""
+    """The question of a row for an index: the user's last message, or the text under `field`. InputError if none."""
     if field != "instruction":
         turns = read_turns(record, field, "user")
     elif names_in(row := prepared(record), (*CONVERSATIONS, *ANSWERS)):
@@ -196,7 +218,7 @@ def question_of(record, field="instruction"):
 
 
 def lone_question(record):
-    """The question of a row that asks one and says no more: under "question", else as in a row to train on."""
+    """The question of a row that holds one user message and nothing else to read; "question" goes before other keys."""
     record, names = prepared(record), ("question", *QUESTIONS[:-1])
     if not names_in(record, (*names, *MATERIAL, *CONVERSATIONS)):
         raise InputError('found no question; expected text under "question" or "instruction"')
@@ -211,10 +233,10 @@ def lone_question(record):
 def draw_rows(paths, count, seed, *, parse=messages_of, on_bad_row="stop", kind=None):
     """`count` rows drawn from data files (see files.read_data), in random order: ([(where, parse(row)), …], report).
 
-    One pass that holds only the rows it will return: each row has a random number that depends on `seed` and its place
-    alone, and the `count` smallest win. All rows if there are fewer. `kind` leaves out rows whose instruction_type is
-    another one. A wrong row raises InputError ("stop") or is counted ("skip"). The report counts what was "read",
-    "bad" and "other kind", "files" holds the rows read from each file, and "faults" describes the first bad ones.
+    One pass that holds only `count` rows: each row has a random number that depends on `seed` and its place alone, and
+    the rows with the smallest numbers are drawn, or all if there are fewer. `kind` leaves out rows with another
+    instruction_type. A wrong row raises InputError (on_bad_row "stop") or is counted ("skip"). The report counts rows
+    "read", "bad" and of "other kind", and those of each of the "files"; "faults" describes the first five bad ones.
     """
     counts, per_file, faults = Counter(), Counter(), []
 
@@ -245,10 +267,12 @@ def try_to(parse, record, where):
 
 
 def note_bad_row(error, on_bad_row, counts, faults):
+    """Raises `error` ("stop"), or counts it and keeps the messages of the first five ("skip")."""
     if on_bad_row == "stop":
         raise error
     counts["bad"] += 1
-    faults.extend([str(error)][:5 - len(faults)] if len(faults) < 5 else [])
+    if len(faults) < 5:
+        faults.append(str(error))
 
 
 def random_number(*parts):

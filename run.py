@@ -1,4 +1,4 @@
-"""A training run from the command line: all that stands before and after the loop in sft.py and dpo.py.
+"""A training run from the command line: everything before and after the loop of sft.py and dpo.py.
 
     run = open_run(args, name, fixed)                           processes, config, tokenizer
     examples, held = read_examples(run, parse, render)          rows drawn from --data, rendered by all ranks
@@ -26,13 +26,23 @@ from chat import chat_template, check_vocabulary
 from checkpoints import checkpoint_to_resume, checkpoints_of
 from data import show_example
 from fast import KEPT_KEYS, KEPT_LOGITS, block_of_logits, has_fast_bf16, reuse_freed_memory
-from files import DISCLAIMER, InputError, number, read_json, read_jsonl, resident, sha256, whole, write_json
+from files import (
+    DISCLAIMER,
+    InputError,
+    number,
+    read_json_if_there,
+    read_jsonl,
+    resident,
+    sha256,
+    whole,
+    write_json,
+)
 from model import LlamaConfig, open_checkpoint
 from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded_like, start
 from rows import draw_rows
 from tokenizer import Tokenizer, notice_of
 from train import epochs_of, load_checkpoint, load_training, micro_batches_of
-from vocabulary import settle
+from vocabulary import prepare_for_serving
 from weights import (
     DTYPES,
     checkpoint_names,
@@ -114,7 +124,7 @@ class Run:
 
 
 def open_run(args, name, fixed=()):
-    """The Run of a program with the flags of `add_flags`; InputError for flags that are seen to be wrong."""
+    """The Run of a program with the flags of `add_flags`; InputError for flags that do not fit the model or --out."""
     reuse_freed_memory()
     world = start(args.device, args.replicate)
     run = Run(name, args, tuple(fixed), world, config_of(args), Tokenizer.from_dir(args.model))
@@ -132,7 +142,7 @@ def open_run(args, name, fixed=()):
 
 
 def config_of(args):
-    """The LlamaConfig of --model, compared with its weights; a plan and a look at the rows need no weights."""
+    """The LlamaConfig of --model, compared with its weights; --dry-run and --inspect also work without weights."""
     folder = Path(args.model)
     if (args.dry_run or args.inspect) and not any(folder.glob("*.safetensors")):
         return LlamaConfig.from_json(folder / "config.json")
@@ -148,8 +158,8 @@ def read_examples(run, parse, render, kind=None):
     """(training examples, held-out examples): rows drawn from --data, read by `parse` and rendered by `render`.
 
     parse(record) -> the content of a row; render(tokenizer, [(where, content)], max_length, on_bad_row=…) ->
-    ([(where, …)], {outcome: rows, "faults": …}). Each rank renders its share of the rows, and all get all. `run.plan`
-    counts what became of the rows, and has the number of optimizer steps.
+    ([(where, …)], {outcome: rows, "faults": …}). Each rank renders its share of the rows, then all ranks get all
+    examples. `run.plan` gets the number of rows by outcome, and of optimizer steps.
     """
     args, world = run.args, run.world
     held_out = 200 if args.val_rows is None else args.val_rows
@@ -195,9 +205,9 @@ def read_examples(run, parse, render, kind=None):
 
 
 def shown(run, samples, found):
-    """Whether the run ends here: prints `samples` for --inspect, else the plan, which is all for --dry-run.
+    """Prints `samples` for --inspect, the plan otherwise; returns whether the run ends here (--inspect, --dry-run).
 
-    samples [(title, ids, labels), …]: rows as they are trained. found: lines on what the data gave.
+    samples [(title, ids, labels), …]: rows as they are trained. found: lines of the plan that describe the data.
     """
     args = run.args
     if run.world.rank == 0 and args.inspect:
@@ -230,8 +240,8 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
                 if name.startswith("model.layers.0."))
     w, c = (4, 4) if dtype == torch.float32 else (2, 2 if fast_bf16 else 4)
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # a CPU's norms keep their output, which the next product keeps as well; its attention keeps copies, not views of a
-    # larger whole, and at most this many probabilities a head and token (half of them are hidden)
+    # n: on a CPU a norm and the next product keep one tensor, and attention keeps copies of q, k, v instead of views of
+    # one larger tensor. p: attention also keeps at most KEPT_KEYS probabilities a head and token; causality hides half
     n, p = (2, KEPT_KEYS // 2) if world.device.type == "cpu" else (4, 0)
     block = c * (n * config.hidden_size + 2 * config.intermediate_size + n * (queries + keys) +
                  p * config.num_attention_heads)
@@ -253,8 +263,9 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
 def begin(run):
     """The Training that starts from --model. Before anything is written, --resume is checked against --out."""
     args, world = run.args, run.world
-    run.files = [{"file": file, "rows": run.plan["files"].get(file, 0), "sha256": hexdigest} for file, hexdigest in
-                 computed_on_rank_0(world, lambda: [(file, sha256(file)) for file in args.data])]
+    hashes = computed_on_rank_0(world, lambda: [sha256(file) for file in args.data])
+    run.files = [{"file": file, "rows": run.plan["files"].get(file, 0), "sha256": hexdigest}
+                 for file, hexdigest in zip(args.data, hashes)]
     run.recipe = {flag: getattr(args, flag) for flag in (  # the data, its order and the schedule follow from these
         *run.fixed, "model", "rows", "epochs", "max_steps", "lr", "warmup", "weight_decay", "clip", "batch_size",
         "max_length", "seed", "dtype")} | {"held_out": run.plan["rows_held_out"]}
@@ -263,7 +274,7 @@ def begin(run):
         run.checkpoint = checkpoint_to_resume(world, run.out / "checkpoints", run.facts)
     if world.rank == 0:
         write_json(run.out / "config.json", vars(args) | {"files": run.files, "plan": run.plan})
-    # a row longer than a micro-batch should be has its activations computed again rather than kept
+    # the activations of a row longer than --micro-tokens are computed again in backward, not kept
     above = 0 if args.activation_checkpointing else args.micro_tokens
     return load_training(args.model, world, dtype=DTYPES[args.dtype], weight_decay=args.weight_decay,
                          checkpoint_above=above, seed=args.seed)
@@ -327,10 +338,10 @@ def results_of(out, reported):
 
 
 def export_model(training, directory, *, source, dtype, card):
-    """Writes the masters as a folder that transformers and vLLM load; bf16 by stochastic rounding, seeded.
+    """Writes the fp32 masters as a folder that transformers and vLLM load; bf16 by seeded stochastic rounding.
 
-    One weight at a time is gathered, by all ranks in the same order, and rank 0 writes. Tokenizer and settings come
-    from the folder `source`; `card` is the text of README.md.
+    All ranks gather one weight at a time, in the same order, and rank 0 writes it. Tokenizer and settings come from the
+    folder `source`; `card` is the text of README.md.
     """
     model, world = training.model, training.world
 
@@ -352,24 +363,25 @@ def export_model(training, directory, *, source, dtype, card):
 
 
 def say_what_was_trained(folder, source):
-    """Settings of an exported `folder`, copied from `source`, so that programs that load it prompt and stop as trained.
+    """Edits the settings that an exported `folder` has from `source`: programs then prompt and stop as was trained.
 
-    The trained chat template stands in both places where one is looked for, alone. Its end-of-turn token, which a base
-    model does not end with, is eos_token wherever one is named; the ids at which generation stops are that and the base
-    model's own.
+        chat_template     the trained one, in both places where programs look
+        eos_token         the end-of-turn token, wherever an eos_token is named; a base model's is another
+        eos_token_id      the end-of-turn token's id, and the base model's own stop ids
     """
     tokenizer = Tokenizer.from_dir(source)
     template, end = chat_template(tokenizer), tokenizer.end_of_turn()
-    stops = sorted(stop_ids_of(source) | {end})
-    stops, eos = {"eos_token_id": stops if stops[1:] else end}, {"eos_token": tokenizer.decode([end])}
+    ids = sorted(stop_ids_of(source) | {end})
+    stops = {"eos_token_id": ids if len(ids) > 1 else end}
+    eos = {"eos_token": tokenizer.decode([end])}
     for name, values in {"config.json": stops, "generation_config.json": stops, "special_tokens_map.json": eos,
                          "tokenizer_config.json": {**eos, "chat_template": template}}.items():
         path = folder / name
-        given = read_json(path) if path.is_file() else {}
+        given = read_json_if_there(path)
         if given or name != "special_tokens_map.json":
             path.write_text(json.dumps(given | values, indent=2))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    settle(folder, tokenizer.template)
+    prepare_for_serving(folder, tokenizer.template)
 
 
 def is_llama3(config):

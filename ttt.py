@@ -44,6 +44,7 @@ from files import (
     number,
     one_line,
     read_data,
+    read_text,
     run_main,
     whole,
 )
@@ -402,7 +403,7 @@ def settings_of(args):
     return {"model": args.model or default_model(), "ttt": not args.no_ttt, "index": args.index,
             "encoder": args.encoder, "k": args.k, "steps": args.steps, "lr": args.lr, "optimizer": args.optimizer,
             "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
-            "seed": args.seed, "system": read_text(args.system, "--system") if args.system else None,
+            "seed": args.seed, "system": read_text(args.system, f"--system {args.system}") if args.system else None,
             "dtype": args.dtype}
 
 
@@ -420,13 +421,6 @@ def main(argv=None):
         chat(answerer, args.json)
     else:
         answer_one(answerer, args.question, args.json)
-
-
-def read_text(path, flag):
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")  # without the mark that some editors put in front
-    except UnicodeDecodeError as error:
-        raise InputError(f"{flag} {path}: not UTF-8 text (byte {error.start})") from None
 
 
 def answer_one(answerer, question, as_json, history=()):

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files import InputError, one_line, read_json, require_dir, written_aside
+from files import InputError, one_line, read_json, read_json_if_there, require_dir, written_aside
 from rounding import copy_weights_
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by their names on the command line
@@ -34,7 +34,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
          "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_SCALING}
-# settings that other programs obey in a config of the Llama architecture, and that this code has no part for
+# settings that other programs obey in a config of the Llama architecture, and for which this code has no part
 ABSENT = ("attention_bias", "mlp_bias", "rope_interleaved", "quantization_config", "compression_config",
           "attention_chunk_size", "per_layer_config", "transformers_weights")
 NEUTRAL = {"partial_rotary_factor": 1, "logit_scale": 1, "is_causal": True}  # each with the value that changes nothing
@@ -80,8 +80,8 @@ def read_config(path):
 def rotation_of(raw, longest, check):
     """rope_theta and rope_scaling as transformers finds them in a config.json of `longest` positions.
 
-    rope_scaling goes before rope_parameters (transformers 5's name), a rope_theta inside the one taken before that at
-    top level, and original_max_position_embeddings at top level before the one inside.
+    Where a config.json states a thing twice: rope_scaling goes before rope_parameters (transformers 5's name for it), a
+    rope_theta in there before one at top level, and an original_max_position_embeddings at top level before one inside.
     """
     def is_number(value):
         return type(value) in (int, float) and value > 0
@@ -97,9 +97,9 @@ def rotation_of(raw, longest, check):
     check(is_number(theta), name if "rope_theta" in given else "rope_theta", "a rope_theta above 0")
     if kind == "default":
         return {"rope_theta": float(theta), "rope_scaling": None}
-    beside = raw.get("original_max_position_embeddings")
     scaling = {"original_max_position_embeddings": longest} | {key: given[key] for key in ROPE_SCALING if key in given}
-    scaling |= {} if beside is None else {"original_max_position_embeddings": beside}
+    if raw.get("original_max_position_embeddings") is not None:
+        scaling["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     check(len(scaling) == 4 and all(map(is_number, scaling.values())), name,
           f"a rope_scaling of the numbers {', '.join(ROPE_SCALING)}")
     check(scaling["low_freq_factor"] < scaling["high_freq_factor"], name, "a low_freq_factor below high_freq_factor")
@@ -115,10 +115,10 @@ def config_json(config):
 
 
 def stop_ids_of(directory):
-    """The end-of-text ids of generation_config.json, or of config.json where that has none; a set, empty if neither."""
+    """The set of ids that end a text, from generation_config.json or else config.json; empty if neither gives one."""
     for name in ("generation_config.json", "config.json"):
         path = Path(directory) / name
-        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = read_json_if_there(path).get("eos_token_id")
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
             if not all(isinstance(one, int) for one in ids):
@@ -128,7 +128,7 @@ def stop_ids_of(directory):
 
 
 def print_notices(directory, config):
-    """One line on stderr for each contradiction in a model's folder, and which side `config` took: transformers'."""
+    """One line on stderr for each contradiction in a model's folder; `config` takes transformers' side of it."""
     directory = Path(directory)
     raw, notices = read_json(directory / "config.json"), []
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
@@ -151,7 +151,9 @@ def print_notices(directory, config):
 def checkpoint_names(config, files=()):
     """{our parameter: the Hugging Face tensors that are its rows, one below the other}.
 
-    With `files` (of `checkpoint_files`) a tied matrix goes by the name that it is stored under, if need be the head's.
+        "layers.0.attention.qkv.weight": ["model.layers.0.self_attn.q_proj.weight", … k_proj …, … v_proj …]
+
+    A tied matrix is called after the embedding, or after the head if `files` (of `checkpoint_files`) have that alone.
     """
     alone = config.tie_word_embeddings and HEAD in files and EMBEDDING not in files
     names = {"embed.weight": [HEAD if alone else EMBEDDING]}
@@ -202,7 +204,7 @@ def open_safetensors(path):
 def checkpoint_files(directory):
     """{tensor name: the safetensors file that holds it} of a folder with one file or with shards and their index.
 
-    One whole file goes before shards, as in transformers: the index beside it is left from an earlier saving.
+    One whole file goes before shards, as in transformers: an index beside it is left over from an earlier save.
     """
     directory = require_dir(directory, "a model (config.json and safetensors files)")
     adapter, whole, index = (directory / name for name in ("adapter_config.json", WHOLE, INDEX))
@@ -242,13 +244,13 @@ def listed(names, most=5):
 
 
 def has_own_head(files, config):
-    """Whether the files hold an lm_head.weight other than the embedding; their numbers are compared piece by piece."""
+    """Whether the files hold an lm_head.weight that differs from the embedding; compared piece by piece."""
     if not {EMBEDDING, HEAD} <= set(files):
         return False
     for name in (EMBEDDING, HEAD):
         with open_safetensors(files[name]) as file:
             if file.get_slice(name).get_shape() != [config.vocab_size, config.hidden_size]:
-                return True  # `check_checkpoint` says which it is
+                return True  # check_checkpoint names the tensor
     pieces = (read_rows(files, [name], 0, config.vocab_size) for name in (EMBEDDING, HEAD))
     return not all(torch.equal(one.double(), other.double()) for (_, one), (_, other) in zip(*pieces))
 
@@ -259,7 +261,7 @@ def check_checkpoint(files, config):
     folder = next(iter(files.values())).parent if files else "checkpoint"
     extra = {name for name in set(files) - set(expected) if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
-        extra.discard(HEAD)  # the same tensor stored twice, as some tools do: see `has_own_head`
+        extra.discard(HEAD)  # some tools store a tied matrix under both names; see has_own_head
     faults = [f"{what} {listed(names)}" for what, names in
               (("missing", set(expected) - set(files)), ("not expected", extra)) if names]
     for path in sorted(set(files.values())):

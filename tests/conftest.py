@@ -1,4 +1,4 @@
-"""What every test file shares: where the real models lie, tiny random ones, and random rows for them."""
+"""Shared by all test files: the folders of the real models, tiny random models, and random rows for them."""
 import gzip
 import json
 import math

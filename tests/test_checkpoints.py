@@ -125,7 +125,7 @@ class Faults:
         fault = self
 
         class Raw(io.FileIO):
-            """What lies under a buffered file: one write here is one system call."""
+            """The raw file under a buffered one: one write here is one system call."""
             def write(self, data):
                 return fault.operation("write", super().write, bytes(data))
         plain_open = io.open

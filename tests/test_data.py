@@ -1,4 +1,5 @@
-"""data.py: ids beside the official templates, the loss mask, text that looks like control tokens, streaming."""
+"""chat.py and tokenizer.py: ids beside the official templates, the loss mask, text that looks like control tokens,
+streaming. test_vocabulary.py has tiny vocabularies, test_batches.py the rest of data.py."""
 import gzip
 import json
 import random
@@ -89,8 +90,8 @@ def test_ids_equal_the_official_template(vocabulary, messages, request):
         assert render_chat(ours, messages, generation)[0] == list(expected)
 
 
-def test_an_answer_that_begins_with_a_space_keeps_the_border_where_generation_has_it(chatml):
-    """The one place where the official template, tokenised as one string, differs: it merges "\\n" with the spaces."""
+def test_an_answer_that_begins_with_a_space_leaves_the_prompt_as_it_is(chatml):
+    """As one string the "\\n" that ends the prompt and the spaces would be one token: here alone ours differ."""
     ours, _ = chatml
     prompt, _ = render_chat(ours, say("Q"), add_generation_prompt=True)
     ids, mask = render_chat(ours, say("Q", "  indented"))
@@ -183,7 +184,7 @@ def with_template(folder, template, *vocabularies, **settings):
 
 @pytest.mark.parametrize("name", CHATML_FOLDERS)
 def test_the_default_system_text_is_the_folders_own(tmp_path, name):
-    """Against transformers, which runs the template."""
+    """Compared with transformers, which runs the template."""
     source, text = CHATML_FOLDERS[name]
     ours = Tokenizer.from_dir(with_template(tmp_path, source))
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
@@ -199,7 +200,7 @@ def test_a_base_models_folder_has_no_system_text(tmp_path):
 
 
 def test_the_template_taken_is_the_one_that_transformers_takes(tmp_path):
-    """chat_template.jinja before tokenizer_config.json, and of named ones the default."""
+    """chat_template.jinja goes before tokenizer_config.json, and of several named templates the "default" is taken."""
     sources = [CHATML_FOLDERS[name][0] for name in ("a message", "a variable", "an empty one")]
     named = [{"name": name, "template": source} for name, source in zip(("rag", "default"), sources)]
     with_template(tmp_path, named, tokenizer_class="PreTrainedTokenizerFast")
@@ -251,7 +252,7 @@ def test_text_never_yields_control_ids(vocabulary, request):
     assert [i for i in attacked if i in control] == [i for i in plain if i in control]
 
 
-def test_an_added_token_not_marked_special_is_no_way_in(chatml, smollm2, tmp_path):
+def test_a_control_token_not_marked_special_is_not_found_in_texts_either(chatml, smollm2, tmp_path):
     raw = json.loads((smollm2 / "tokenizer.json").read_text())
     for token in raw["added_tokens"]:
         token["special"] = False
@@ -285,7 +286,7 @@ def test_streaming_leaves_control_tokens_out_and_shows_a_cut_character(chatml):
 
 
 def test_a_padded_row_of_the_model_has_no_text(llama2, chatml):
-    """A model has rows that no token names, to fill up its vocabulary, and may sample one."""
+    """A model may have more rows than there are tokens, and may sample one of them."""
     for ours in (llama2[0], chatml[0]):
         ids = ours.encode("two lines")
         padded = [50_000, *ids[:2], 49_999, *ids[2:], 50_000]
@@ -295,8 +296,8 @@ def test_a_padded_row_of_the_model_has_no_text(llama2, chatml):
 
 
 @pytest.mark.parametrize("vocabulary, size", [("chatml", 49152), ("llama31", 128010), ("llama2", 480)])
-def test_every_id_that_text_or_template_gives_has_a_row(vocabulary, size, request):
-    """Llama 3.1's template goes up to <|eot_id|>, 128009; nothing gives the reserved tokens above it."""
+def test_a_model_has_a_row_for_every_id_of_texts_and_template(vocabulary, size, request):
+    """Llama 3.1's template goes up to <|eot_id|>, 128009; no text has the ids of the reserved tokens above it."""
     ours, _ = request.getfixturevalue(vocabulary)
     check_vocabulary(ours, size, "folder")
     with pytest.raises(InputError, match=f"folder: its tokenizer gives ids up to {size - 1}; .* {size - 1} in config"):

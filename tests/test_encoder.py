@@ -1,4 +1,4 @@
-"""encoder.py against sentence-transformers and transformers, folders as people have them; then what it refuses."""
+"""encoder.py: vectors beside sentence-transformers' and transformers', folders of every kind, and refused folders."""
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +70,7 @@ def test_a_random_bert_gives_the_vectors_of_transformers(tmp_path, pooling, pref
 
 
 def test_the_new_pooling_file_reads_the_same(tmp_path):
+    """{"pooling_mode": "mean"} in the place of one true or false for each mode."""
     directory, _ = tiny_encoder(tmp_path / "encoder", "mean")
     before = Encoder.from_dir(directory).encode(["asthma drug"])
     write_json(directory / "1_Pooling" / "config.json", {"embedding_dimension": 48, "pooling_mode": "mean"})
@@ -152,8 +153,10 @@ def edit(path, **changes):
 
 
 def compare(directory, queries=None, documents=None):
-    """Our encoder, after its vectors turned out to be sentence-transformers' own: those of encode_query and
-    encode_document, or of `encode` under another name of a prompt."""
+    """Checks that our vectors of BATCH are sentence-transformers', as queries and as documents; returns our encoder.
+
+    Theirs come from encode_query and encode_document, or from the methods given as `queries` and `documents`.
+    """
     st = pytest.importorskip("sentence_transformers")
     theirs, ours = st.SentenceTransformer(str(directory), device="cpu"), Encoder.from_dir(directory)
     scaled = {"normalize_embeddings": theirs.similarity_fn_name == "cosine", "show_progress_bar": False}
@@ -201,6 +204,7 @@ def test_a_folder_saved_by_sentence_transformers_6(tmp_path):
 
 
 def test_the_end_of_a_text_is_kept_where_the_tokenizer_says_so(tmp_path):
+    """By truncation_side in tokenizer_config.json, or by the direction in tokenizer.json."""
     directory, _ = tiny_encoder(tmp_path / "config", max_seq_length=12)
     edit(directory / "tokenizer_config.json", truncation_side="left")
     assert compare(directory).truncation_side == "left"
@@ -221,7 +225,8 @@ def test_bert_tokenizer_decides_on_case_accents_and_chinese(tmp_path, settings):
     assert Encoder.from_dir(directory).normalizer["lowercase"]
 
 
-def test_prompts_stand_in_front_of_queries_and_of_what_is_indexed(tmp_path):
+def test_prompts_stand_in_front_of_queries_and_of_indexed_texts(tmp_path):
+    """By name for each, empty, one default for both, and "passage" in the place of "document"."""
     directory, _ = tiny_encoder(tmp_path / "bge-tiny-en", "mean")
     settings = directory / "config_sentence_transformers.json"
     write_json(settings, {"prompts": {"query": "which drug ", "document": "pain "}, "default_prompt_name": "document"})
@@ -236,7 +241,7 @@ def test_prompts_stand_in_front_of_queries_and_of_what_is_indexed(tmp_path):
     compare(directory, documents=lambda model, *args, **kwargs: model.encode(*args, prompt_name="passage", **kwargs))
 
 
-def test_a_bge_is_known_by_all_its_names_where_nothing_is_said(tmp_path):
+def test_a_bge_whose_folder_names_no_prompts_is_known_by_all_its_names(tmp_path):
     real, _ = tiny_encoder(tmp_path / "models--BAAI--bge-tiny-en" / "snapshots" / "0123abcd")
     named, _ = tiny_encoder(tmp_path / "bge-other-en")
     other, _ = tiny_encoder(tmp_path / "minilm")
@@ -266,7 +271,7 @@ def test_vectors_are_as_long_and_as_wide_as_the_folder_says(tmp_path, similarity
     assert compare(directory).dimension == min(48, dimension or 48)
 
 
-def test_a_plain_bert_is_the_mean_of_its_tokens(tmp_path):
+def test_the_vector_of_a_plain_bert_is_the_mean_of_its_tokens(tmp_path):
     directory, _ = tiny_encoder(tmp_path / "encoder", "cls", prefix="bert.")
     keep_bert_alone(directory)
     edit(directory / "tokenizer_config.json", model_max_length=30)
@@ -274,7 +279,8 @@ def test_a_plain_bert_is_the_mean_of_its_tokens(tmp_path):
     assert (ours.pooling, ours.max_tokens, ours.query_instruction) == ("mean", 30, "")
 
 
-def test_weights_of_all_ages_load(tmp_path):
+def test_weights_with_names_of_older_files_load(tmp_path):
+    """Prefix bert., LayerNorm.gamma and beta, stored positions, and heads that are not used."""
     directory, _ = tiny_encoder(tmp_path / "encoder", "mean")
     before = Encoder.from_dir(directory).encode(BATCH)
     edit(directory / "config.json", type_vocab_size=2)  # and without it the same
@@ -326,7 +332,7 @@ def test_a_transformer_in_a_folder_of_its_own(tmp_path):
     assert ours.max_tokens == 20 and len(ours.identity["config_sha256"]) == 64
 
 
-# ----- what is no encoder --------------------------------------------------------------------------------------------
+# ----- refused folders -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("file, change, message", [
     ("config.json", {"model_type": "roberta"}, "model_type is 'roberta'"),
@@ -386,7 +392,8 @@ def test_settings_that_cannot_be_followed_are_refused_by_name(tmp_path, file, ch
     assert "\n" not in str(error.value)
 
 
-def test_a_pickle_and_tensors_in_doubt_are_refused(tmp_path):
+def test_a_pickle_and_doubtful_tensors_are_refused(tmp_path):
+    """Two tensors of one name, old and new; whole numbers as weights; a tensor that no BERT has."""
     directory, _ = tiny_encoder(tmp_path / "encoder")
     path = directory / "model.safetensors"
     weights = load_file(path)
@@ -417,6 +424,7 @@ def test_other_modules_are_refused(tmp_path):
 
 
 def test_damaged_weights_and_files_are_refused(tmp_path):
+    """No tensor, one too many, one missing, one transposed, NaN, a file cut short; then every file broken or gone."""
     directory, _ = tiny_encoder(tmp_path / "encoder")
     path = directory / "model.safetensors"
     whole, weights = path.read_bytes(), load_file(path)

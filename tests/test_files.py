@@ -206,7 +206,7 @@ BEGINS_WITH = b'{"question": "'
 
 
 def answer_all(path):
-    """What is left to answer is answered; how many rows were there before."""
+    """Answers the rows that are left; returns how many there were before."""
     done = list(finished_rows(path, BEGINS_WITH))
     assert done == [(i + 1, row) for i, row in enumerate(ANSWERS[:len(done)])]
     with appended(path) as append:

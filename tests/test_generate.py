@@ -77,7 +77,7 @@ def test_generation_ends_at_a_stop_id_at_the_limit_and_at_the_end_of_the_context
 
 
 def unrecorded_decoder(model, cache):
-    """What `recorded_decoder` records, without a GPU."""
+    """`recorded_decoder` without the recording, which needs a GPU."""
     forward, ids, position = one_token_forward(model, cache)
 
     def step(token):

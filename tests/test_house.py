@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 from conftest import ROOT
 
-# who may import whom; an arrow is transitive: a room may also import what the rooms it may import may
+# room: the rooms that it may import; an arrow is transitive, so it may also import those that they may
 MAY_IMPORT = {
     "files": set(),
     "rounding": set(),

@@ -1,4 +1,4 @@
-"""messages.py: the forms that messages have in the wild, by hand, and what is refused; test_rows.py has TRL beside."""
+"""messages.py: every form of a message becomes ours, by hand, or is refused by name; test_rows.py compares with TRL."""
 import pytest
 from conftest import said
 
@@ -31,13 +31,13 @@ def test_reasoning_beside_the_answer_becomes_its_thought(name):
 @pytest.mark.parametrize("flag, trained", [({"weight": 0}, False), ({"train": False}, False), ({"loss": False}, False),
                                            ({"weight": 0.0, "train": None}, False), ({"weight": 1}, True),
                                            ({"train": True}, True), ({"weight": 1, "train": False}, False)])
-def test_what_is_not_to_be_trained_says_so(flag, trained):
+def test_an_answer_of_weight_0_is_marked_as_not_trained(flag, trained):
     message = read_message({"role": "assistant", "content": "So.", **flag}, 1)
     assert message == said("assistant", "So.") | ({} if trained else {"train": False})
     assert check_messages([said("user", "?"), message])[1] == [("user", "?", False), ("assistant", "So.", trained)]
 
 
-def test_the_users_words_are_not_trained_and_need_not_say_so():
+def test_weight_0_on_a_users_message_changes_nothing():
     assert read_message({"role": "user", "content": "?", "weight": 0, "train": False}, 1) == said("user", "?")
 
 
@@ -56,13 +56,14 @@ def test_the_users_words_are_not_trained_and_need_not_say_so():
     ({"reasoning": "Hm.", "content": " "}, "beside no answer"), ({"reasoning": ["Hm."]}, "reasoning of type list"),
     ({"reasoning": "Hm.", "content": "## Thought\n\nOh."}, "one that has its own"),
     ({"reasoning": "Hm.", "thinking": "Oh."}, "reasoning and thinking differ")])
-def test_what_changes_the_meaning_of_a_message_is_refused_by_name(message, found):
+def test_a_key_that_changes_the_meaning_of_a_message_is_refused_by_name(message, found):
     with pytest.raises(InputError, match=found) as error:
         read_message({"role": "assistant", "content": "So."} | message, 2)
     assert "\n" not in str(error.value)
 
 
 def test_the_transcripts_of_hh_rlhf():
+    """Human and Assistant open a turn at the start of a paragraph only; a text of one turn stays as it is."""
     two = [said("user", "Hi there\nHuman: you?"), said("assistant", "Hello.\n\nHow are you?"),
            said("user", "Well: fine"), said("assistant", "Good.")]
     text = ("\n\nHuman: Hi there\nHuman: you?\n\nAssistant: Hello.\n\nHow are you?"
@@ -82,7 +83,7 @@ SYSTEM, ASK, MORE = said("system", "Be brief."), said("user", "Who?"), said("use
     ([ASK], [SYSTEM, ASK], [SYSTEM, ASK]), ([SYSTEM, ASK], [SYSTEM, ASK], [SYSTEM, ASK]),
     ([ASK, said("assistant", "I."), MORE], [MORE], [ASK, said("assistant", "I."), MORE]),
     ([MORE], [ASK, said("assistant", "I."), MORE], [ASK, said("assistant", "I."), MORE])])
-def test_what_a_row_states_twice_stands_once(given, context, expected):
+def test_a_prompt_that_a_row_states_twice_is_read_once(given, context, expected):
     assert one_prompt(given, context) == expected
 
 
@@ -90,7 +91,7 @@ def test_what_a_row_states_twice_stands_once(given, context, expected):
     ([ASK], [MORE], "two prompts that differ"),
     ([ASK], [ASK, said("assistant", "I."), MORE], "two prompts that differ"),
     ([SYSTEM, ASK], [said("system", "Be long."), ASK], "two system messages that differ")])
-def test_two_prompts_are_refused(given, context, found):
+def test_two_prompts_that_differ_are_refused(given, context, found):
     with pytest.raises(InputError, match=found):
         one_prompt(given, context)
 

@@ -50,7 +50,7 @@ def test_replicas_hold_the_same_shards():
 
 
 def told(total):
-    """What each collective gives this rank, of numbers that tell the ranks apart."""
+    """The result of each collective on this rank, for numbers that tell the ranks apart."""
     world = parallel.start("cpu")
     rows, called = torch.arange(total * 2.0).view(total, 2), []
     interleaved = parallel.interleaved_on_rank_0(world, rows[world.rank::world.size], total)

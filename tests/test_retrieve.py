@@ -1,4 +1,4 @@
-"""retrieve.py against numpy and sentence-transformers; then what it refuses."""
+"""retrieve.py: search beside numpy and sentence-transformers, damaged and foreign indices, and the command."""
 import json
 import os
 import socket
@@ -175,7 +175,7 @@ def test_of_records_with_one_question_and_conversation_the_first_is_kept(tiny, t
     assert len({json.dumps(loaded.records[i]) for i in loaded.search(tiny.encode(["pain"]), 4)[1][0]}) == 4
 
 
-def test_an_index_of_before_prompts_were_read_loads_where_they_say_nothing(saved, tiny):
+def test_an_index_that_states_no_prompts_loads_if_the_encoder_has_none(saved, tiny):
     manifest = json.loads((saved / "manifest.json").read_text())
     old = {"directory", "name", "model_sha256", "tokenizer_sha256", "config_sha256", "pooling", "max_tokens",
            "query_instruction"}

@@ -1,4 +1,4 @@
-"""rows.py: every kind of row that people have, read as by hand and as TRL reads it, or refused by name; the draw."""
+"""rows.py: every form of a row is read as by hand and as TRL reads it, or refused by name; how rows are drawn."""
 import contextlib
 import json
 import random
@@ -41,7 +41,8 @@ NULLS = dict.fromkeys(("messages", "conversations", "instruction", "prompt", "qu
 # ----- rows of one answer --------------------------------------------------------------------------------------------
 
 
-def test_the_released_shapes_are_read():
+def test_the_released_forms_are_read():
+    """FineMed's SFT and DPO files, and the plainest forms of others."""
     sft = {"text": "…", "instruction": "Q?", "complexity": 9, "quality": 9, "language": "en", "response": "A.",
            "instruction_type": "complex"}
     dpo = {"prompt": [{"content": "Q?", "role": "user"}], "chosen": [{"content": "A.", "role": "assistant"}],
@@ -90,7 +91,8 @@ WHOLE = {"chosen": say("Q?", "A."), "rejected": say("Q?", "B.")}
     ({"prompt": "\n\nHuman: Q?\n\nAssistant:", "response": " A."}, say("Q?", " A.")),
     ({"input": {"messages": say("Q?"), "tools": []}, "preferred_output": say("", "A.")[1:],
       "non_preferred_output": say("", "B.")[1:]}, say("Q?", "A."))])
-def test_rows_as_people_have_them(row, expected):
+def test_rows_as_people_write_them(row, expected):
+    """With nulls under other keys too; the question is the user's last message; the row itself is not changed."""
     before = json.dumps(row)
     for one in (row, NULLS | row):
         assert messages_of(one) == expected
@@ -134,8 +136,8 @@ def test_malformed_rows_are_named(row, found):
     assert "\n" not in str(error.value)
 
 
-def test_nothing_but_input_error_comes_of_junk():
-    """2,000 rows of wrong types under right keys, and right messages under wrong ones; no row is changed."""
+def test_a_row_of_junk_raises_input_error_and_nothing_else():
+    """2,000 random rows: wrong types under known keys, and good messages under wrong ones; no row is changed."""
     rng, keys = random.Random(0), [*QUESTIONS, *MATERIAL, *OPTIONS, *ANSWERS, *CONVERSATIONS, *SYSTEMS, "rejected",
                                    "history", "reasoning", "tools", "weight", "label", "preferred_output"]
 
@@ -182,7 +184,7 @@ def test_weight_0_reaches_the_labels(template, answer):
 # ----- questions -----------------------------------------------------------------------------------------------------
 
 
-def test_a_field_is_embedded_or_refused_but_no_other():
+def test_a_question_is_read_from_the_named_field_or_refused():
     row = {"instruction": "Q?", "topic": "T", "list": say("Q1", "A1", "Q2"), "number": 3, "blank": " ", "null": None,
            "response": "A."}
     assert [question_of(row, field) for field in ("instruction", "topic", "list")] == ["Q?", "T", "Q2"]
@@ -200,7 +202,7 @@ def test_a_field_is_embedded_or_refused_but_no_other():
     (FINEMED, "What is ketosis?"),
     ({"question": "Q?", "answer": {"value": "A.", "aliases": []}}, "Q?"), ({"messages": say("Q?")}, "Q?"),
     ({"question": "Which?\nA. this", "options": ["this"]}, "Which?\nA. this"), (SHAREGPT, "Q?")])
-def test_a_lone_question(row, question):
+def test_a_row_of_one_question_alone(row, question):
     assert lone_question(row) == lone_question(NULLS | row) == question
 
 
@@ -294,7 +296,7 @@ def test_all_kinds_of_rows_are_read_from_plain_and_gz_files(tmp_path):
     assert report == {"read": 4, "files": {files[0]: 2, files[1]: 2}, "faults": []}
 
 
-def test_one_array_and_parquet_are_read_where_json_lines_are(tmp_path):
+def test_a_json_array_and_parquet_are_read_wherever_json_lines_are(tmp_path):
     """The parquet file is two tables put together, as concatenate_datasets does: what a row lacks is null."""
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([FINEMED, PREFERENCE], indent=1).encode())
     tables = [pyarrow.Table.from_pylist([row]) for row in (FINEMED, PREFERENCE)]
@@ -322,7 +324,7 @@ def test_one_array_and_parquet_are_read_where_json_lines_are(tmp_path):
     ({"messages": [{"role": "user", "content": "?"}]}, "rows.jsonl:2: the last message is from the user"),
     ({"instruction": "?", "response": 7}, "rows.jsonl:2: response is of type int; expected"),
 ])
-def test_a_bad_row_stops_or_is_counted(tmp_path, row, message):
+def test_a_bad_row_stops_the_draw_or_is_counted(tmp_path, row, message):
     path = write_jsonl(tmp_path / "rows.jsonl", [PAIR, row, PAIR])
     with pytest.raises(InputError, match=message):
         draw_rows([path], 10, seed=0)

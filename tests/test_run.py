@@ -1,4 +1,4 @@
-"""run.py: the results, the card and the files of an exported model, and the memory that a run is expected to need.
+"""run.py: an exported model's card, files and prompts, as transformers and llama.cpp read them, and expected memory.
 
 Its flags, its plan and its resumed runs are tested as a user meets them, in test_sft.py and test_dpo.py.
 """
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import CONFIG, ROOT, TEXTS, tiny_llama2, tiny_sentencepiece, tiny_vocabulary
+from conftest import CONFIG, ROOT, TEXTS, say, tiny_llama2, tiny_sentencepiece, tiny_vocabulary
 from safetensors.torch import load_file
 
 import model as M
@@ -46,7 +46,8 @@ def test_a_model_made_from_llama_says_so():
 
 @pytest.mark.parametrize("llama", [False, True])
 def test_an_export_has_the_masters_and_ends_its_turns(base, tmp_path, monkeypatch, llama):
-    """A base model's own stop token is no end of a turn: both stand in the export. Llama's notice goes with it."""
+    """The export has the masters' numbers, both stop ids (the base model's and the end of turn), no dropout in its
+    tokenizer, and Llama's notice if the model is a Llama."""
     source = tmp_path / "source"
     source.mkdir()
     for path in base.iterdir():
@@ -76,8 +77,9 @@ def test_an_export_has_the_masters_and_ends_its_turns(base, tmp_path, monkeypatc
     assert (tmp_path / "model/README.md").read_text() == "a card"
     assert (tmp_path / "model/NOTICE").exists() is llama
 
+
 def test_a_head_of_its_own_outlives_training(declared_tied, tmp_path):
-    """The logits of the model that was declared tied are those of its export, both as transformers loads them."""
+    """transformers gives the same logits from the folder that is declared tied and from its export."""
     training = train.load_training(declared_tied, World(0, 1, torch.device("cpu")))
     run.export_model(training, tmp_path / "model", source=declared_tied, dtype=torch.float32, card="")
     one, other = (transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.arange(9)[None])
@@ -104,14 +106,9 @@ def test_a_plan_needs_no_weights(base, tmp_path):
 # ----- the prompt that is served -------------------------------------------------------------------------------------
 
 
-def said(*turns, system=None):
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    return messages + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-
-
-TALKS = [said("What is fever?"), said("two\n\nlines 12.5 mg"), said("Hi", "Hello.", "Dose?", "75–325 mg.\n\n1. Ask"),
-         said("急性心梗?", "胸痛 🙂", "And now?", system="Be brief."), said("So?", "Yes.", system=" spaced "),
-         said("Is 5 mg ok?", system="")]
+TALKS = [say("What is fever?"), say("two\n\nlines 12.5 mg"), say("Hi", "Hello.", "Dose?", "75–325 mg.\n\n1. Ask"),
+         say("急性心梗?", "胸痛 🙂", "And now?", system="Be brief."), say("So?", "Yes.", system=" spaced "),
+         say("Is 5 mg ok?", system="")]
 # Llama 3.1's own, with the date of the day where the clock can be asked
 CLOCK = """{{- bos_token }}
 {%- set date_string = strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024" %}
@@ -143,6 +140,7 @@ INST = (
     "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
 CHATML = ("{% for message in messages %}BLOCK{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
           "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+# with a default system text that holds quotation marks and a letter beyond ASCII
 LADY = CHATML.replace("BLOCK", "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n"
                       "You\\'re Zoë, \"a\" helper.<|im_end|>\n' }}{% endif %}")
 # name: (how its vocabulary is made, other files of the folder that is trained, the default system text)
@@ -197,7 +195,7 @@ def export(source, out):
 
 
 def test_transformers_gives_the_prompt_that_was_trained(served):
-    """Through apply_chat_template, through its text, and through our own reader (next stage, test-time training)."""
+    """By apply_chat_template, by the text that it renders, and by our own reader, as the next stage reads it."""
     name, trained, folder = served
     if name == "Llama 2":
         pytest.importorskip("google.protobuf")  # by which transformers reads a tokenizer.model
@@ -215,7 +213,7 @@ def test_transformers_gives_the_prompt_that_was_trained(served):
 
 
 def test_transformers_stops_where_the_trained_turn_ends(served):
-    """Also where the base model's own eos_token is another: its generate, its tokenizer's eos_token, its config."""
+    """Its generate, its tokenizer's eos_token and its config do, also where the base model's eos_token is another."""
     name, trained, folder = served
     end, model = trained.end_of_turn(), transformers.AutoModelForCausalLM.from_pretrained(folder)
     prompt = render_chat(trained, TALKS[0], add_generation_prompt=True)[0]
@@ -299,7 +297,7 @@ def check_llama_cpp(trained, folder, path, talks):
 
 
 def test_llama_cpp_gives_the_prompt_and_the_answer_that_were_trained(served, tmp_path):
-    """Ollama and LM Studio run llama.cpp. Its F32 arithmetic is not ours: a random model's logits lie far apart."""
+    """llama.cpp rounds otherwise than we do, but a random model's logits lie far enough apart for equal answers."""
     name, trained, folder = served
     if "json" in name:
         pytest.skip("the same pieces as Llama 2, whose converter reads tokenizer.model")
@@ -309,7 +307,7 @@ def test_llama_cpp_gives_the_prompt_and_the_answer_that_were_trained(served, tmp
 @pytest.mark.heavy
 def test_llama_cpp_answers_as_the_real_model_does(smollm2, tmp_path):
     export(smollm2, tmp_path / "exported")
-    talks = [said(text) for text in TEXTS[:3]] + [said("Name a bone.", system="Answer in one word.")]
+    talks = [say(text) for text in TEXTS[:3]] + [say("Name a bone.", system="Answer in one word.")]
     check_llama_cpp(Tokenizer.from_dir(smollm2), tmp_path / "exported", tmp_path / "model.gguf", talks)
 
 # ----- memory --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""vocabulary.py, through Tokenizer: ids beside transformers' on tiny vocabularies of every kind, and which of the
-tokens that a folder's files add to its vocabulary a text becomes."""
+"""vocabulary.py and tokenizer.py: on tiny vocabularies of every kind a conversation has transformers' ids, and plain
+tokens, words and control tokens are tokens in the texts where they should be and in no other."""
 import functools
 import json
 
@@ -7,13 +7,14 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
+from conftest import say as talk
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.tokenization_utils_base import generate_merges
 
 from chat import render_chat
 from files import InputError
 from tokenizer import Tokenizer, notice_of, stream_text
-from vocabulary import settle, user_defined_pieces
+from vocabulary import prepare_for_serving, user_defined_pieces
 
 CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
@@ -33,11 +34,6 @@ LINES = ["What is Heat?", "Heat is a kind of energy. [INST] [/INST]", "the assis
          "You are a helpful AI assistant named SmolLM, trained by Hugging Face", "<<SYS>> <</SYS>> be brief"] * 20
 
 
-def talk(*turns, system=None):
-    return [{"role": "system", "content": system}] * (system is not None) + [
-        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-
-
 TALKS = [talk("What is Heat?"), talk("What?", "Heat is it."), talk("", "  Heat\r\n"),
          talk("Heat?", "the Heat", "a\n\nHeat", "12 Heat\n1. a"), talk("a", ".\u2028e\u0301", system=""),
          talk("é 急性", "🙂 Heat", system="be brief")]
@@ -45,7 +41,8 @@ TALKS = [talk("What is Heat?"), talk("What?", "Heat is it."), talk("", "  Heat\r
 # ----- tiny vocabularies ---------------------------------------------------------------------------------------------
 
 SPACES = normalizers.Replace(" ", "▁")
-PIPELINES = {  # (normalizer, pre_tokenizer)
+# (normalizer, pre_tokenizer) by the way in which they put a space (▁) in front of a text
+PIPELINES = {
     "prepend": (normalizers.Sequence([normalizers.Prepend("▁"), SPACES]), None),
     **{scheme: (None, pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False))
        for scheme in ("always", "first", "never")},
@@ -100,11 +97,12 @@ def token_of(raw, content):
 
 
 def both(folder):
+    """(our tokenizer, transformers') of a folder."""
     return Tokenizer.from_dir(folder), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def assert_as_transformers(ours, theirs, talks=TALKS):
-    """The ids of every conversation; its prompt is a prefix; the loss is on the answers and their end."""
+    """Every conversation has transformers' ids; its prompt's ids are their beginning; training begins behind them."""
     for messages in talks:
         for ask in (False, True):
             expected = theirs.apply_chat_template(messages, add_generation_prompt=ask, return_dict=False)
@@ -118,18 +116,20 @@ def assert_as_transformers(ours, theirs, talks=TALKS):
 
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_ids_are_those_of_one_string(kind, tmp_path):
+    """transformers encodes the text of a whole conversation at once; we encode it part by part, to the same ids."""
     ours, theirs = both(write(tmp_path, kind))
     assert ours.template == "chatml"
     assert_as_transformers(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", ["prepend", "always", "first", "never", "first, in words, NFC", "strip"])
-def test_ids_of_llama_2_s_template(kind, tmp_path):
+def test_ids_of_llama_2_s_template_are_those_of_one_string(kind, tmp_path):
     ours, theirs = both(write(tmp_path, kind, without_chatml, LLAMA2))
     assert ours.template == "llama2"
     assert_as_transformers(ours, theirs, [messages for messages in TALKS if messages[-1]["role"] == "assistant"])
 
 
+# a vocabulary in which "▁Heat" is one token, "Heat" two
 BY_HAND = {piece: i for i, piece in enumerate([
     "<unk>", "<s>", "</s>", "▁", "\n", *"[]/Headtsinu", "He", "at", "▁He", "▁Heat", *"INST"])}
 MERGES = [("H", "e"), ("a", "t"), ("▁", "He"), ("▁He", "at")]
@@ -138,7 +138,7 @@ MERGES = [("H", "e"), ("a", "t"), ("▁", "He"), ("▁He", "at")]
 @pytest.mark.parametrize("kind", ["prepend", "always", "first", "never"])
 @pytest.mark.parametrize("template, trained", [("chatml", ["He", "at"]), ("llama2", ["▁Heat", "▁"])])
 def test_the_first_trained_token_by_hand(kind, template, trained, tmp_path):
-    """Behind "assistant\\n" stands no space and behind "[/INST]" one, whatever the vocabulary puts before a text."""
+    """No space stands behind "assistant\\n" and one behind "[/INST]", whatever the vocabulary puts before a text."""
     inner = tokenizers.Tokenizer(models.BPE(BY_HAND, MERGES, unk_token="<unk>", byte_fallback=True))
     inner.normalizer, inner.pre_tokenizer = PIPELINES[kind]
     inner.add_special_tokens(["<unk>", "<s>", "</s>", *IM][:5 if template == "chatml" else 3])
@@ -151,6 +151,8 @@ def test_the_first_trained_token_by_hand(kind, template, trained, tmp_path):
                                          ("always", "\n▁"), ("first", "\n▁"),
                                          ("always", "\n\n")])
 def test_where_a_token_would_reach_over_the_border_the_answer_is_encoded_alone(kind, space, tmp_path):
+    """The vocabulary gets a token `space` of the prompt's last character and the answer's first. transformers uses it;
+    we do not, so that the prompt keeps the ids with which the model is asked."""
     def merge_over_it(raw):
         raw["model"]["vocab"] |= {space: len(raw["model"]["vocab"])}
         raw["model"]["merges"].insert(0, [*space])
@@ -239,7 +241,7 @@ def test_an_answer_is_encoded_alone_where_a_piece_would_reach_over_the_border(sp
 
 
 def test_llama_2_without_the_space_before_a_text(spm, tmp_path):
-    """The answer begins with a space, as sentencepiece has it in one string with the question."""
+    """Without a dummy prefix too the answer has the template's space, as in one string with the question."""
     ours, inner = spm(tmp_path, prefix=False)
     ids, mask = render_chat(ours, talk("What is it?", "Heat is energy."))
     assert ids == [1, *inner.encode("[INST] What is it? [/INST] Heat is energy. "), 2]
@@ -257,13 +259,14 @@ def test_a_user_defined_symbol_typed_in_a_question_is_text(model_type, spm, tmp_
         ids = render_chat(ours, talk(text), True)[0]
         assert [i for i in ids if i in control] == [i for i in render_chat(ours, talk("a"), True)[0] if i in control]
         assert ours.decode(ours.encode(text)) == text
-    # digits and white space, which mark nothing, are pieces of every text as before
+    # digits and white space are plain tokens: pieces of every text, as sentencepiece has them
     assert ours.encode("12  1") == [i for i in inner.encode("\n12  1")][-len(ours.encode("12  1")):]
     assert {inner.piece_to_id("1"), inner.piece_to_id("▁▁")} <= set(ours.encode("12  1"))
     assert "".join(stream_text(ours, [*ours.encode("Heat"), end])) == "Heat"
 
 
 def test_user_defined_pieces_are_found_in_the_bytes(spm, tmp_path):
+    """A piece of 200 characters has a size of two bytes; 4 is the type "user-defined"."""
     _, inner = spm(tmp_path, ("x" * 200, "é"))
     proto = (tmp_path / "tokenizer.model").read_bytes()
     places = user_defined_pieces(proto, inner.vocab_size())
@@ -301,8 +304,8 @@ def test_tokens_that_stand_beside_tokenizer_model_are_read(where, spm, tmp_path)
     assert ours.decode([341]) == "<|im_end|>" and list(stream_text(ours, [341])) == []
 
 
-def test_a_word_of_the_vocabulary_that_is_named_is_an_added_token(tmp_path):
-    """As additional_special_tokens of transformers' older files, and as eos_token."""
+def test_a_piece_of_the_vocabulary_that_is_named_is_an_added_token(tmp_path):
+    """<|im_start|> and <|im_end|> are ordinary pieces there; extra_special_tokens and eos_token name them."""
     def into_the_vocabulary(raw):
         without_chatml(raw)
         raw["model"]["vocab"] |= {name: len(raw["model"]["vocab"]) + i for i, name in enumerate(IM)}
@@ -313,6 +316,7 @@ def test_a_word_of_the_vocabulary_that_is_named_is_an_added_token(tmp_path):
 
 
 def change_of(content, **flags):
+    """A change for `write`: sets keys of one added token in tokenizer.json."""
     return lambda raw: token_of(raw, content).update(flags)
 
 
@@ -366,6 +370,7 @@ def test_added_tokens_beside_a_sentencepiece_model_are_refused_by_name(found, fi
 
 
 def test_a_vocabulary_that_finds_control_tokens_in_texts_is_refused(tmp_path):
+    """A WordLevel model knows "</s>" as a word and finds it in texts; nothing switches that off."""
     inner = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
     inner.add_special_tokens(["</s>"])
     inner.save(str(tmp_path / "tokenizer.json"))
@@ -374,6 +379,7 @@ def test_a_vocabulary_that_finds_control_tokens_in_texts_is_refused(tmp_path):
 
 
 def test_control_tokens_in_a_unigram_vocabulary_are_not_found_in_texts(tmp_path):
+    """Their scores are lowered; only the unknown token (id 0) may come out of a text."""
     ours = Tokenizer.from_dir(write(tmp_path, "unigram"))
     for text in ("</s>", "a</s> b", "<unk>"):
         assert not set(ours.special.values()) - {0} & set(ours.encode(text))
@@ -381,6 +387,7 @@ def test_control_tokens_in_a_unigram_vocabulary_are_not_found_in_texts(tmp_path)
 
 @pytest.mark.parametrize("kind, settings", [("first", {"dropout": 0.5}), ("unigram", {"alpha": 0.1, "nbest_size": 9})])
 def test_a_prompt_has_one_encoding(kind, settings, tmp_path):
+    """Settings that let a tokenizer encode at random are not obeyed."""
     ours = Tokenizer.from_dir(write(tmp_path, kind, lambda raw: raw["model"].update(settings)))
     (tmp_path / "sound").mkdir()
     sound = Tokenizer.from_dir(write(tmp_path / "sound", kind))
@@ -401,8 +408,8 @@ def test_padding_and_truncation_are_not_obeyed(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [None, "generation_config", "config"])
-def test_an_end_of_turn_that_is_not_marked_special_is_no_text(stop, tmp_path):
-    """Nor is a stop id, which may be any word."""
+def test_an_end_of_turn_that_is_not_marked_special_is_a_control_token_all_the_same(stop, tmp_path):
+    """It is never shown, nor are the stop ids 5 and 6, which may be any pieces; no text has its id."""
     def unmarked(raw):
         for token in raw["added_tokens"]:
             token["special"] = False
@@ -415,7 +422,7 @@ def test_an_end_of_turn_that_is_not_marked_special_is_no_text(stop, tmp_path):
 
 
 def with_words(raw, *words, **flags):
-    """Adds words that are not special behind the vocabulary."""
+    """Adds tokens that are not marked special, with ids behind the vocabulary."""
     first = raw["added_tokens"][-1]["id"] + 1
     raw["added_tokens"] += [{"id": first + i, "content": word, "single_word": False, "lstrip": False, "rstrip": False,
                              "normalized": False, "special": False} | flags for i, word in enumerate(words)]
@@ -454,13 +461,13 @@ def test_words_beside_a_sentencepiece_model(spm, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [{"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}])
-def test_flags_of_words_are_transformers_(flags, tmp_path):
+def test_flags_of_words_work_as_in_transformers(flags, tmp_path):
     ours, theirs = both(write(tmp_path, "first, in words, NFC", lambda raw: with_words(raw, "<think>", **flags)))
     assert_as_transformers(ours, theirs, [talk("a", "b <think> c"), talk("a", "x<think>x <think>")])
 
 
 def test_an_answer_may_begin_with_a_word_that_takes_the_space_before_it(tmp_path):
-    """lstrip would take the "\\n" of the prompt: the border stays."""
+    """lstrip would swallow the "\\n" that ends the prompt; the prompt keeps its ids."""
     ours = Tokenizer.from_dir(write(tmp_path, "first", lambda raw: with_words(raw, "<think>", lstrip=True)))
     (ids, mask), (prompt, _) = render_chat(ours, talk("a", "<think>b")), render_chat(ours, talk("a"), True)
     assert ids[:len(prompt)] == prompt and ids[len(prompt)] == ours.special["<think>"] and mask[len(prompt)]
@@ -475,7 +482,7 @@ def test_white_space_and_single_characters_among_added_tokens_are_part_of_every_
 
 
 def test_bos_and_pad_are_no_words(tmp_path):
-    """By name, or by id."""
+    """tokenizer_config.json names <pad>; config.json gives the id of <bos> alone."""
     settings = {"tokenizer_config": {"pad_token": {"content": "<pad>"}}, "config": {"bos_token_id": None}}
     ours = Tokenizer.from_dir(write(tmp_path, "first", lambda raw: with_words(raw, "<pad>", "<bos>", "<think>")))
     assert ours.words == {"<pad>", "<bos>", "<think>"}
@@ -497,11 +504,11 @@ def test_a_stop_token_of_one_character_is_a_control_token(tmp_path):
 @pytest.mark.parametrize("kind", ["prepend", "always", "first", "never"])
 @pytest.mark.parametrize("legacy", [True, False, None])
 def test_transformers_serves_an_exported_tokenizer_json_as_it_was_trained(kind, legacy, tmp_path):
-    """For a LlamaTokenizer it would take the pipeline from "legacy"."""
+    """Without prepare_for_serving, LlamaTokenizer would build its pipeline by "legacy", and dropout would be random."""
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
     write(tmp_path, kind, lambda raw: raw["model"].update(dropout=0.5), tokenizer_config=settings)
     before = Tokenizer.from_dir(tmp_path)
-    settle(tmp_path, before.template)
+    prepare_for_serving(tmp_path, before.template)
     after, theirs = both(tmp_path)
     for _ in range(3):
         assert_as_transformers(before, theirs)
@@ -516,7 +523,7 @@ def test_transformers_serves_an_exported_sentencepiece_model_as_it_was_trained(p
                                                                                tmp_path):
     files = {"tokenizer_config": settings} if settings else {}
     ours, inner = spm(tmp_path, IM if template == "chatml" else (), prefix=prefix, **files)
-    settle(tmp_path, ours.template)
+    prepare_for_serving(tmp_path, ours.template)
     written = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings.items() <= written.items() and written["tokenizer_class"] == "LlamaTokenizer"
     theirs = llama_tokenizer(inner, CHATML if template == "chatml" else LLAMA2, IM if template == "chatml" else (),

@@ -74,7 +74,7 @@ def same_logits(folder, start=0):
     ({"rope_parameters": {key: value for key, value in LLAMA3_OF_64.items() if key[:8] != "original"},
       "max_position_embeddings": 256}, [])],
     ids=lambda changes: ", ".join(changes) if isinstance(changes, dict) else "")
-def test_a_rotation_said_twice_is_transformers(changes, notices, tmp_path, capsys):
+def test_a_rotation_stated_twice_is_read_as_transformers_reads_it(changes, notices, tmp_path, capsys):
     tiny_pair("tied", tmp_path)
     edit_config(tmp_path, **changes)
     capsys.readouterr()
