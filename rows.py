@@ -71,7 +71,9 @@ def prompt_of(record, contexts, questions=QUESTIONS):
     asked, history = read_turns(record, name, "user"), read_history(record)
     value_under(record, SYSTEMS)
     prompt = [turn for key in names_in(record, SYSTEMS)[:1] for turn in read_turns(record, key, "system")]
-    others = {*QUESTIONS, *MATERIAL} - {"question"}  # a benchmark's own question may stand beside the one made of it
+    others = {*QUESTIONS, *MATERIAL}
+    if names_in(record, OPTIONS):  # a benchmark's own question may stand beside the one made of it and its options
+        others.remove("question")
     if len(asked) > 1 or (asked and not isinstance(record[name], str)):
         contexts, others = [asked, *contexts], others - {name}
     if any(contexts):
