@@ -209,7 +209,7 @@ def settle(folder, template):
     "GPT2Tokenizer" it builds another pipeline; for a sentencepiece model alone it is told where that puts its space.
     """
     def write(path, value):
-        path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+        path.write_text(json.dumps(value, indent=2))  # in ASCII: a setting may hold half a character
     path, config = folder / "tokenizer.json", read_if_there(folder / "tokenizer_config.json")
     if path.is_file():
         raw = read_json(path)
