@@ -6,12 +6,12 @@ r"""Chat templates: a conversation to ids, and to the mask that marks what is tr
 
 The assistant's words and its end-of-turn token are trained, nothing else. The mask goes by position, never by
 `id == pad`, because pad and end-of-turn are often the same id. The templates are code. A model folder's own template,
-in Jinja, is never run: its source is searched for a default system text, and refused where it may write other prompts
-than ours.
+in Jinja, is searched for a default system text, run on four conversations, and refused where its prompt is not ours.
 """
 import re
+from types import SimpleNamespace
 
-from files import InputError, read_json_if_there, read_text
+from files import InputError, one_line, read_json_if_there, read_text
 from messages import check_messages
 
 # The official templates put these first. Llama 3.1's has a fixed date: a template that reads the clock would train and
@@ -175,7 +175,8 @@ def follow_template(tokenizer, path, source):
         a source with <|im_start|> and "Be brief."        template "chatml", default_system "Be brief."
         no source, a vocabulary with <|im_start|>         template "chatml", default_system None
 
-    InputError where the source may write a prompt that render_chat does not.
+    The source is searched for both; then it is run on a few conversations in Jinja's sandbox. InputError where it may
+    write, or does write, another prompt than render_chat.
     """
     if source is None:  # a base model learns the official prompt; Llama 3.1's has dates
         tokenizer.default_system = LLAMA3_SYSTEM if tokenizer.template == "llama3" else None
@@ -201,6 +202,60 @@ def follow_template(tokenizer, path, source):
     elif texts and name != "chatml":
         refuse(f"has the default system text {min(texts)[:40]!r}, which ours does not")
     tokenizer.template, tokenizer.default_system = name, next(iter(texts), None)
+    found = other_prompt(tokenizer, path.parent, source)
+    if found:
+        refuse(found)
+
+
+# texts without white space at their ends, which some templates keep and others take away
+PROBES = [[{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)] for roles in (
+    ("user",), ("system", "user"), ("user", "assistant", "user"), ("system", "user", "assistant", "user"))]
+
+
+def other_prompt(tokenizer, directory, source):
+    """What is wrong with a chat template that asks for an answer in another way than render_chat; None for one that
+    agrees on all PROBES. A conversation that it refuses itself, as some do with a system message, counts as agreed."""
+    from jinja2 import TemplateError  # torch brings it
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message):
+        raise TemplateError(message)
+
+    def day(form):  # ours has one date for every day
+        return "26 Jul 2024"
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    jinja.globals |= {"raise_exception": refuse, "strftime_now": day}
+    for tag, instead in (("generation", "if true"), ("endgeneration", "endif")):  # transformers' mark of an answer
+        source = re.sub(rf"(\{{%[-+]?\s*){tag}(\s*[-+]?%\}})", rf"\1{instead}\2", source)
+    names = {"llama3": ("<|begin_of_text|>", "<|eot_id|>"), "chatml": ("", "<|im_end|>"), "llama2": ("<s>", "</s>")}
+    names = dict(zip(("bos_token", "eos_token"), names[tokenizer.template]))
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        given = read_json_if_there(directory / file)
+        for key in names.keys() & given.keys():
+            token = given[key].get("content") if isinstance(given[key], dict) else given[key]
+            names[key] = token if isinstance(token, str) else names[key]
+    # render_chat's text, with tokens that are their own ids: a vocabulary need not give every text back
+    text = SimpleNamespace(template=tokenizer.template, default_system=tokenizer.default_system,
+                           special={name: name for name in tokenizer.special}, encode=lambda text, *_, **__: [text])
+    asks, agreed = (True,) if "add_generation_prompt" in source else (True, False), 0  # old ones always ask, or never
+    try:
+        template = jinja.from_string(source)
+    except (TemplateError, RecursionError) as error:
+        return f"is not Jinja ({one_line(error)})"
+    for messages in PROBES:
+        expected, *other = ("".join(render_chat(text, messages, ask)[0]) for ask in asks)
+        try:
+            given = template.render(messages=messages, add_generation_prompt=True, **names)
+        except TemplateError:
+            continue
+        except Exception as error:  # whatever a template may do in Python
+            return f"cannot be run ({type(error).__name__}: {one_line(error)})"
+        if given not in (expected, *other):
+            at = next((i for i, (one, other) in enumerate(zip(given, expected)) if one != other),
+                      min(len(given), len(expected)))
+            return f"has {given[at:at + 40]!r} where ours has {expected[at:at + 40]!r}, behind {given[:at][-40:]!r}"
+        agreed += 1
+    return None if agreed else "refuses every conversation"
 
 
 def default_systems(source, begin, end):

@@ -58,8 +58,8 @@ def read_bert_config(path):
               "tokenizer_class": raw.get("tokenizer_class")}
     for key, default in SIZES.items():
         config[key] = raw.get(key, default)
-        if type(config[key]) is not int or config[key] < 1:
-            raise InputError(f"{path}: {key} is {config[key]!r}; expected a positive whole number")
+        if type(config[key]) is not int or not 0 < config[key] < 2**31:
+            raise InputError(f"{path}: {key} is {config[key]!r}; expected a positive whole number below 2**31")
     if not isinstance(config["layer_norm_eps"], float) or config["hidden_size"] % config["num_attention_heads"]:
         raise InputError(f"{path}: layer_norm_eps {config['layer_norm_eps']!r}, hidden_size {config['hidden_size']}; "
                          f"expected a decimal number and a multiple of num_attention_heads")
@@ -291,7 +291,7 @@ def read_prompts(path):
     prompts, default = raw.get("prompts") or {}, raw.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(text, (str, type(None))) for text in prompts.values()):
         raise InputError(f"{path}: prompts is {prompts!r}; expected names with a text each")
-    if default is not None and default not in prompts:
+    if default is not None and (not isinstance(default, str) or default not in prompts):
         raise InputError(f"{path}: default_prompt_name is {default!r}; expected one of the prompts {[*prompts]}")
 
     def prompt(*names):

@@ -36,7 +36,7 @@ def is_empty(value):
 
 def names_in(mapping, names):
     """Those of `names` whose value in `mapping` is not empty."""
-    return [name for name in names if not is_empty(mapping.get(name))]
+    return [name for name in names if name in mapping and not is_empty(mapping[name])]
 
 
 def value_under(mapping, names, where=""):

@@ -84,8 +84,9 @@ def prompt_of(record, contexts, questions=QUESTIONS):
     asked, history = read_turns(record, name, "user"), read_history(record)
     value_under(record, SYSTEMS)
     prompt = [turn for key in names_in(record, SYSTEMS)[:1] for turn in read_turns(record, key, "system")]
-    # `others`: keys whose text must be part of the prompt; "question" may be a benchmark's original of a rewritten one
-    others = {*QUESTIONS, *MATERIAL} - {"question"}
+    others = {*QUESTIONS, *MATERIAL}  # keys whose text must be part of the prompt
+    if names_in(record, OPTIONS):  # a benchmark's own question may stand beside the one made of it and its options
+        others.remove("question")
     if len(asked) > 1 or (asked and not isinstance(record[name], str)):
         contexts, others = [asked, *contexts], others - {name}
     if any(contexts):

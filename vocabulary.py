@@ -226,7 +226,7 @@ def prepare_for_serving(folder, template):
     tokenizer.model alone, "legacy" and "add_prefix_space" state where it puts a space.
     """
     def write(path, value):
-        path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+        path.write_text(json.dumps(value, indent=2), encoding="utf-8")  # \ud83d, half a character, stays an escape
     path, config = folder / "tokenizer.json", read_json_if_there(folder / "tokenizer_config.json")
     if path.is_file():
         raw = read_json(path)

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from conftest import ROOT, say, tiny_vocabulary
+from conftest import ROOT, say, tiny_llama2, tiny_vocabulary
 
 from chat import check_vocabulary, render_chat
 from data import training_example
@@ -218,11 +218,41 @@ def test_the_template_taken_is_the_one_that_transformers_takes(tmp_path):
     (BLOCK.replace("SYSTEM", "'<|im_start|>system\\nYou are ' + name + '<|im_end|>\\n'") + TURNS, "depends on more"),
     ("{{ '<|im_start|>system\\n' }}{% if x %}{{ 'A' }}{% endif %}{{ '<|im_end|>' }}" + TURNS, "depends on more"),
     (CHATML_FOLDERS["a variable"][0] + CHATML_FOLDERS["a message"][0], "depends on more"),
+    # its source has the marks of ours, and its prompt is another
+    ("{% for message in messages %}" + TURNS.replace(" + '\n'}}", "}}"), "where ours has '.n<.im_start"),
+    ("{% for message in messages %}" + TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}"
+     "{% endif %}", "has '<think>.n' where ours has '', behind .*assistant.n'"),
+    ("{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}{% else %}"
+     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endif %}{% endfor %}",
+     "has 'system 0"),
+    ("{% for message in messages %}" + TURNS + "{% if %}", "is not Jinja"),
+    ("{% for message in messages %}" + TURNS + "{{ 1 // 0 }}", "cannot be run .ZeroDivisionError"),
+    ("{{ raise_exception('<|im_start|>') }}", "refuses every conversation"),
     ([{"name": "rag", "template": "x"}], "chat_template is of type list; expected Jinja text, or"), (3, "of type int")])
 def test_a_template_that_cannot_be_followed_is_refused_by_name(tmp_path, template, found):
     with pytest.raises(InputError, match=found) as error:
         Tokenizer.from_dir(with_template(tmp_path, template))
     assert str(error.value).startswith(str(tmp_path / "tokenizer_config.json")) and "\n" not in str(error.value)
+
+
+def test_mistral_s_template_is_not_llama_2_s(tmp_path):
+    """It has the same marks, one <s> for the whole conversation and other spaces."""
+    tiny_llama2(tmp_path)
+    template = ("{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+                "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+                "{{ message['content'] + eos_token }}{% else %}{{ raise_exception('no') }}{% endif %}{% endfor %}")
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    with pytest.raises(InputError, match="has 'assistant 1</s>"):
+        Tokenizer.from_dir(tmp_path)
+
+
+def test_a_token_that_the_template_names_is_the_folder_s_own(tmp_path):
+    """A turn that ends with another eos_token than ours is another prompt."""
+    template = "{% for message in messages %}" + TURNS.replace("'<|im_end|>'", "eos_token")
+    assert Tokenizer.from_dir(with_template(tmp_path, template, eos_token="<|im_end|>")).template == "chatml"
+    with pytest.raises(InputError, match=r"has 'endoftext\|>"):
+        Tokenizer.from_dir(with_template(tmp_path, template, eos_token="<|endoftext|>"))
 
 
 def test_the_template_decides_where_a_vocabulary_serves_two(tmp_path):

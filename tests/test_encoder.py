@@ -335,6 +335,7 @@ def test_a_transformer_in_a_folder_of_its_own(tmp_path):
 # ----- refused folders -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("file, change, message", [
+    ("config.json", {"intermediate_size": 10**30}, "intermediate_size is 10000"),
     ("config.json", {"model_type": "roberta"}, "model_type is 'roberta'"),
     ("config.json", {"model_type": None}, "model_type is None"),
     ("config.json", {"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
@@ -366,6 +367,7 @@ def test_other_models_are_refused(tmp_path, file, change, message):
     ("config_sentence_transformers.json", {"prompts": {"query": 3}}, "prompts is"),
     ("config_sentence_transformers.json", {"prompts": ["query: "]}, "prompts is"),
     ("config_sentence_transformers.json", {"default_prompt_name": "s2p"}, "default_prompt_name is 's2p'"),
+    ("config_sentence_transformers.json", {"default_prompt_name": ["s2p"]}, "default_prompt_name is ..s2p."),
     ("config_sentence_transformers.json", {"prompts": {"query": "\ud800"}}, "half a character"),
     ("sentence_bert_config.json", {"max_seq_length": 2}, "max_seq_length is 2"),
     ("sentence_bert_config.json", {"max_seq_length": True}, "max_seq_length is True"),

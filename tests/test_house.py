@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "ttt": {"generate", "data", "retrieve", "snapshot"},
 }
 DEPENDENCIES = {"torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "faiss", "tqdm"}  # by import name
-EXTRAS = {"files": {"pyarrow"}}  # imported in the function that needs them, with an error that names the extra
+# imported in the function that needs them, pyarrow with an error that names the extra; torch itself needs jinja2
+EXTRAS = {"files": {"pyarrow"}, "chat": {"jinja2"}}
 README_BYTES = 10_000  # 12,000 when evaluation, data synthesis and serving stand
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
 

@@ -113,6 +113,7 @@ def test_rows_as_people_write_them(row, expected):
     (ALPACA | {"chat_template_kwargs": {"enable_thinking": True}}, "found chat_template_kwargs"),
     (ALPACA | {"input": ["A long text."]}, "input or context is a list"),
     (ALPACA | {"prompt": "Something else."}, "prompt is no part of the question"),
+    ({"instruction": "Answer the question.", "question": "Why?", "response": "A."}, "question is no part"),
     (ALPACA | {"response": "Long."}, "answers that differ"), (ALPACA | {"weight": 0}, "weight is 0"),
     (ALPACA | {"history": ["Q1", "A1"]}, "history holds a value of type str; expected .question, answer"),
     (ALPACA | {"history": 3}, "history holds a value of type int"),

@@ -517,7 +517,7 @@ def test_transformers_serves_an_exported_tokenizer_json_as_it_was_trained(kind, 
 
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"legacy": True}, {"legacy": False, "model_max_length": 99},
-                                      {"add_prefix_space": False}])
+                                      {"add_prefix_space": False, "description": "half a character: \ud83d"}])
 @pytest.mark.parametrize("template", ["chatml", "llama2"])
 def test_transformers_serves_an_exported_sentencepiece_model_as_it_was_trained(prefix, settings, template, spm,
                                                                                tmp_path):
