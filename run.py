@@ -26,7 +26,7 @@ from chat import chat_template, check_vocabulary
 from checkpoints import checkpoint_to_resume, checkpoints_of
 from data import show_example
 from fast import KEPT_KEYS, KEPT_LOGITS, block_of_logits, has_fast_bf16, reuse_freed_memory
-from files import DISCLAIMER, InputError, number, read_json, read_jsonl, resident, sha256, whole, write_json
+from files import DISCLAIMER, InputError, hold, number, read_json, read_jsonl, resident, sha256, whole, write_json
 from model import LlamaConfig, open_checkpoint
 from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded_like, start
 from rows import draw_rows
@@ -40,6 +40,7 @@ from weights import (
     parameter_count,
     print_notices,
     stop_ids_of,
+    weights_sha256,
     write_checkpoint,
 )
 
@@ -124,9 +125,12 @@ def open_run(args, name, fixed=()):
     if args.max_length > run.config.max_position_embeddings:
         raise InputError(f"--max-length {args.max_length}: found more than the model's context of "
                          f"{run.config.max_position_embeddings} tokens, expected at most that")
-    if not args.resume and not args.dry_run and not args.inspect and checkpoints_of(run.out / "checkpoints"):
-        raise InputError(f"--out {run.out}: holds the checkpoints of an earlier run; expected --resume to go on, or "
-                         "another folder")
+    if not args.dry_run and not args.inspect:
+        computed_on_rank_0(world, lambda: hold(run.out))
+        earlier = "the checkpoints" if checkpoints_of(run.out / "checkpoints") else "the model"
+        if not args.resume and (earlier == "the checkpoints" or (run.out / "model/config.json").is_file()):
+            raise InputError(f"--out {run.out}: holds {earlier} of an earlier run; expected --resume to go on, or "
+                             "another folder")
     args.micro_tokens = args.micro_tokens or default_budget(world)
     return run
 
@@ -258,7 +262,9 @@ def begin(run):
     run.recipe = {flag: getattr(args, flag) for flag in (  # the data, its order and the schedule follow from these
         *run.fixed, "model", "rows", "epochs", "max_steps", "lr", "warmup", "weight_decay", "clip", "batch_size",
         "max_length", "seed", "dtype")} | {"held_out": run.plan["rows_held_out"]}
-    run.facts = run.recipe | {"data": [one["sha256"] for one in run.files]}
+    # the model and the data by what they are, not where
+    run.facts = run.recipe | {"model": computed_on_rank_0(world, lambda: weights_sha256(args.model)),
+                              "data": [one["sha256"] for one in run.files]}
     if args.resume:
         run.checkpoint = checkpoint_to_resume(world, run.out / "checkpoints", run.facts)
     if world.rank == 0:
