@@ -19,17 +19,15 @@ import json
 import math
 import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from chat import render_chat
 from data import collate_pairs, render_pairs, rows_of_pair, split_step
 from fast import causal_attention, has_fast_bf16, return_freed_memory
-from files import InputError, Parser, number, parse_json, run_main, sha256, written_aside
+from files import InputError, Parser, number, parse_json, run_main, written_aside
 from parallel import all_sum, computed_on_rank_0, from_all, stop
 from rows import pair_of
 from run import (
@@ -48,7 +46,7 @@ from run import (
     shown,
 )
 from train import fit, on_device
-from weights import checkpoint_files, open_safetensors
+from weights import open_safetensors, stored_dtypes
 
 LOSSES = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm")
 PER_TOKEN = ("ipo", "sigmoid_norm")  # these compare means over the tokens of an answer
@@ -234,26 +232,18 @@ def reference_logps(run, training, pairs):
     return {pair[0]: tuple(values) for pair, values in zip(pairs, logps.tolist())}
 
 
-def sha256_of(pieces):
-    """SHA-256 of byte strings one after another, as hex digits."""
-    found = hashlib.sha256()
-    for piece in pieces:
-        found.update(piece)
-    return found.hexdigest()
-
-
 def reference_facts(run, pairs):
     """{all that the reference log-probabilities depend on: a value or a SHA-256}."""
-    args, tokenizer = run.args, run.tokenizer
-    weights = sorted({Path(args.model) / "config.json", *checkpoint_files(args.model).values()})
-    talk = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
-    rendered = [render_chat(tokenizer, messages, ask) for messages in (talk, talk[1:]) for ask in (True, False)]
-    return {"weights": sha256_of(sha256(path).encode() for path in weights),
+    args = run.args
+    # stored in more than bf16, weights are rounded, which depends on these two
+    rounded = {"seed": args.seed, "shards": run.world.shards} if args.dtype == "bf16" and \
+        stored_dtypes(args.model) != {"BF16"} else {}
+    return {"weights": run.facts["model"],
             "data": [one["sha256"] for one in run.files],
-            "template": sha256_of([repr(rendered).encode()]),
-            "pairs": sha256_of(len(ids).to_bytes(8, "big") + ids.tobytes() for _, *texts in pairs for ids in texts),
-            "max_length": args.max_length,
-            "seed": args.seed, "shards": run.world.shards,  # these two round weights stored in more than bf16
+            "template": run.facts["template"],
+            "pairs": hashlib.sha256(b"".join(len(ids).to_bytes(8, "big") + ids.tobytes()
+                                             for _, *texts in pairs for ids in texts)).hexdigest(),
+            "max_length": args.max_length, **rounded,
             "dtype": args.dtype + ("" if has_fast_bf16(run.world.device) else ", computed in fp32")}
 
 

@@ -116,10 +116,14 @@ class Norm(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, weight, eps):
-        y = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+        y, scale = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
+        w, rows = weight.to(x.dtype), (1 << 17) // x.shape[-1] or 1
+        # a few rows at a time: of all rows the intermediate results would leave holes in the heap
+        for part, normed, norm in zip(*(tensor.flatten(0, -2).split(rows) for tensor in (x, y, scale))):
+            normed.copy_(F.rms_norm(part, w.shape, w, eps))
+            torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32, out=norm)
         if any(ctx.needs_input_grad):
-            scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-            scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
             ctx.divides = x.dtype == torch.bfloat16 and bool(weight.abs().min() > 1e-30)
             ctx.save_for_backward(y if ctx.divides else x, weight, scale)
         return y
@@ -464,7 +468,10 @@ class Threads:
     def __init__(self):
         self.most = torch.get_num_threads()
         self.fixed = "OMP_NUM_THREADS" in os.environ or sys.platform != "linux"
-        self.seen = None if self.fixed else self.look()
+        try:
+            self.seen = None if self.fixed else self.look()
+        except (OSError, ValueError):  # no /proc, or another one
+            self.fixed = True
 
     @staticmethod
     def look():

@@ -7,6 +7,7 @@ Four promises, kept in one place because every program here makes them:
   4. A program that writes a row for each of many questions goes on where it was killed (`finished_rows`, `appended`).
 """
 import argparse
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -20,6 +21,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import zlib
 from pathlib import Path
@@ -311,6 +313,54 @@ def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+
+# ----- one writer at a time ------------------------------------------------------------------------------------------
+
+HELD = {}  # {path: the open lock file} of what this process writes
+
+
+def hold(path):
+    """Keeps a file or folder that a run is to write for this process, until it ends. InputError if another has it.
+
+    The lock is on the file .NAME.lock beside it, which holds the process's number; the kernel frees it however the
+    process ends. Where the disk or the system has no locks, a line says so.
+    """
+    path = Path(path).resolve()
+    if path in HELD:
+        return
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 (stays open for as long as the process lives)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(f"{path}: {file.read().strip() or 'another process'} is writing there; expected another "
+                             "place, or that one ended") from None
+        except OSError as error:
+            print(f"{path}: no lock keeps other runs away ({one_line(error)})", file=sys.stderr)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                break
+        file.close()  # the one that held it removed it between our two calls
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    HELD[path] = file
+    atexit.register(release, path, lock, os.getpid())
+
+
+def release(path, lock, pid):
+    """Removes the lock file, and with it the lock; not in a fork of the process."""
+    if os.getpid() == pid and path in HELD:
+        lock.unlink(missing_ok=True)
+        HELD.pop(path).close()
 
 # ----- writing -------------------------------------------------------------------------------------------------------
 

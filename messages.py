@@ -16,7 +16,7 @@ from files import InputError
 CONVERSATIONS = ("messages", "conversations")
 ROLES = {"human": "user", "Human": "user", "gpt": "assistant", "Assistant": "assistant", "developer": "system"}
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "Complex_CoT")
-TRAINED = ("train", "weight", "loss")  # axolotl's, OpenAI's, ms-swift's
+TRAINED = ("train", "weight", "loss", "loss_mask")  # axolotl's, OpenAI's, ms-swift's, Megatron's
 REFUSED = frozenset((  # they change what the model reads or writes, and the templates here have no place for them
     "tools", "functions", "tool_calls", "function_call", "image", "images", "video", "videos", "audio", "audios",
     "documents", "chat_template", "chat_template_kwargs"))

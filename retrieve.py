@@ -30,6 +30,7 @@ from encoder import Encoder
 from files import (
     InputError,
     Parser,
+    hold,
     read_data,
     read_json,
     read_jsonl,
@@ -263,6 +264,8 @@ def read_records(paths, field, on_bad_row="stop"):
 
 def build_command(args):
     refuse_to_replace(args.out)
+    if int(os.environ.get("RANK", 0)) == 0:
+        hold(args.out)
     records, sources, bad = read_records(args.data, args.field, args.on_bad_row)
     encoder = Encoder.from_dir(args.encoder, args.device, query_instruction=args.query_instruction,
                                batch_tokens=args.batch_tokens)
@@ -273,7 +276,17 @@ def build_command(args):
             print(f"warning: left out {bad} bad rows (no question, or no JSON)", file=sys.stderr)
         if repeats := index.manifest["repeats"]:
             print(f"left out {repeats} records that repeat an earlier question and conversation", file=sys.stderr)
+        if unanswered := sum(not has_answer(record) for record in index.records):
+            print(f"warning: {unanswered} records have no answer to learn from; ttt.py will pass over them",
+                  file=sys.stderr)
         print(f"{args.out}: {len(index.records)} records, {index.vectors.shape[1]} dimensions, {args.factory}")
+
+
+def has_answer(record):
+    try:
+        return bool(messages_of(record))
+    except InputError:
+        return False
 
 
 def search_command(args):

@@ -12,6 +12,7 @@ A run owns the folder --out: config.json (as resolved), metrics.jsonl, checkpoin
 vLLM load.
 """
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -22,13 +23,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chat import chat_template, check_vocabulary
+from chat import chat_template, check_vocabulary, render_chat
 from checkpoints import checkpoint_to_resume, checkpoints_of
 from data import show_example
 from fast import KEPT_KEYS, KEPT_LOGITS, block_of_logits, has_fast_bf16, reuse_freed_memory
 from files import (
     DISCLAIMER,
     InputError,
+    hold,
     number,
     read_json_if_there,
     read_jsonl,
@@ -50,6 +52,7 @@ from weights import (
     parameter_count,
     print_notices,
     stop_ids_of,
+    weights_sha256,
     write_checkpoint,
 )
 
@@ -134,9 +137,12 @@ def open_run(args, name, fixed=()):
     if args.max_length > run.config.max_position_embeddings:
         raise InputError(f"--max-length {args.max_length}: found more than the model's context of "
                          f"{run.config.max_position_embeddings} tokens, expected at most that")
-    if not args.resume and not args.dry_run and not args.inspect and checkpoints_of(run.out / "checkpoints"):
-        raise InputError(f"--out {run.out}: holds the checkpoints of an earlier run; expected --resume to go on, or "
-                         "another folder")
+    if not args.dry_run and not args.inspect:
+        computed_on_rank_0(world, lambda: hold(run.out))
+        earlier = "the checkpoints" if checkpoints_of(run.out / "checkpoints") else "the model"
+        if not args.resume and (earlier == "the checkpoints" or (run.out / "model/config.json").is_file()):
+            raise InputError(f"--out {run.out}: holds {earlier} of an earlier run; expected --resume to go on, or "
+                             "another folder")
     args.micro_tokens = args.micro_tokens or default_budget(world)
     return run
 
@@ -269,7 +275,10 @@ def begin(run):
     run.recipe = {flag: getattr(args, flag) for flag in (  # the data, its order and the schedule follow from these
         *run.fixed, "model", "rows", "epochs", "max_steps", "lr", "warmup", "weight_decay", "clip", "batch_size",
         "max_length", "seed", "dtype")} | {"held_out": run.plan["rows_held_out"]}
-    run.facts = run.recipe | {"data": [one["sha256"] for one in run.files]}
+    # model, prompts and data by what they are, not where
+    run.facts = run.recipe | {"model": computed_on_rank_0(world, lambda: weights_sha256(args.model)),
+                              "template": template_sha256(run.tokenizer),
+                              "data": [one["sha256"] for one in run.files]}
     if args.resume:
         run.checkpoint = checkpoint_to_resume(world, run.out / "checkpoints", run.facts)
     if world.rank == 0:
@@ -278,6 +287,13 @@ def begin(run):
     above = 0 if args.activation_checkpointing else args.micro_tokens
     return load_training(args.model, world, dtype=DTYPES[args.dtype], weight_decay=args.weight_decay,
                          checkpoint_above=above, seed=args.seed)
+
+
+def template_sha256(tokenizer):
+    """A SHA-256 of the prompts that the tokenizer's chat template makes, in hex digits."""
+    talk = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    rendered = [render_chat(tokenizer, messages, ask) for messages in (talk, talk[1:]) for ask in (True, False)]
+    return hashlib.sha256(repr(rendered).encode()).hexdigest()
 
 
 def resume(run, training):

@@ -41,11 +41,13 @@ from files import (
     Parser,
     appended,
     finished_rows,
+    hold,
     number,
     one_line,
     read_data,
     read_text,
     run_main,
+    sha256,
     whole,
 )
 from generate import generate
@@ -56,7 +58,7 @@ from rounding import slices, stochastic_rounder
 from rows import lone_question, messages_of, question_of
 from snapshot import Snapshot, place_for_snapshot, put_back, remove_hooks
 from tokenizer import Tokenizer, check_unicode, notice_of, stream_text
-from weights import DTYPES, stop_ids_of
+from weights import DTYPES, stop_ids_of, weights_sha256
 
 MAX_TRACE_TOKENS = 6144  # upstream's maximum length in training; a longer trace is cut at its end
 
@@ -251,23 +253,38 @@ class Answerer:
         if settings["ttt"]:
             self.index = Index.load(settings["index"])
             self.encoder = self.index.load_encoder(settings["encoder"], device)
-        self.tokenizer = Tokenizer.from_dir(settings["model"])
-        config = LlamaConfig.from_json(Path(settings["model"]) / "config.json")
-        check_vocabulary(self.tokenizer, config.vocab_size, settings["model"])
+        self.tokenizer, _ = open_tokenizer(settings["model"])
         self.stop_ids = stop_ids_of(settings["model"]) | {self.tokenizer.end_of_turn()}
         self.model = load_model(settings["model"], device, DTYPES[settings["dtype"]])  # last: it may take minutes
         self.load_s = time.perf_counter() - start
 
+    @property
+    def context(self):
+        """The tokens that the model's context holds."""
+        return self.model.config.max_position_embeddings
+
     def example(self, i, system):
-        """Record i of the index as (ids, labels), under the system message of the question if there is one."""
-        try:
-            messages = messages_of(self.index.records[i])
-            if system and messages[0]["role"] == "system":
-                messages = messages[1:]
-            longest = min(MAX_TRACE_TOKENS, self.model.config.max_position_embeddings)
-            return training_example(self.tokenizer, system + messages, longest)
-        except InputError as error:
-            raise InputError(f"{self.settings['index']}: record {i}: {error}") from None
+        """Record i of the index as (ids, labels), under the system message of the question if there is one. InputError
+        for a record that has no answer to learn from."""
+        messages = messages_of(self.index.records[i])
+        if system and messages[0]["role"] == "system":
+            messages = messages[1:]
+        longest = min(MAX_TRACE_TOKENS, self.context)
+        ids, labels = training_example(self.tokenizer, system + messages, longest)
+        if all(label == -100 for label in labels):
+            raise InputError(f"its first {longest:,} tokens hold nothing of the answer")
+        return ids, labels
+
+    def fitting(self, question, history):
+        """`history` without the oldest turns that leave too little room for an answer to `question`; says so."""
+        room, dropped = min(self.settings["max_new_tokens"], self.context // 2), 0
+        while history and len(prompt_ids(self.tokenizer, self.settings["system"], question, history)) + room \
+                > self.context:
+            history, dropped = history[2:], dropped + 1
+        if dropped:
+            print(f"the model's context of {self.context:,} tokens is full: the oldest {dropped} question(s) and "
+                  "answer(s) are left out from here on", file=sys.stderr)
+        return history
 
     def answer(self, question, history=(), on_neighbours=None, on_adapted=None, on_text=None):
         """Answers `question` (after earlier messages `history`); returns the dict that --json prints.
@@ -276,17 +293,19 @@ class Answerer:
         the first token, on_text(piece) with the text as it comes.
         """
         s, start = self.settings, time.perf_counter()
-        system = [{"role": "system", "content": s["system"]}] if s["system"] else []
-        messages = [*system, *history, {"role": "user", "content": question}]
-        ids, _ = render_chat(self.tokenizer, messages, add_generation_prompt=True)
-        neighbours, examples = [], []
+        ids = prompt_ids(self.tokenizer, s["system"], question, history)
+        check_length(ids, self.context)
+        system, neighbours, examples = system_message(s["system"]), [], []
         if s["ttt"]:
             scores, found = self.index.search(self.encoder.encode([question], is_query=True), s["k"])
             for score, i in zip(scores[0].tolist(), found[0].tolist()):
                 if i >= 0:  # a FAISS index other than Flat fills up with -1
                     neighbours.append({"id": i, "score": round(score, 4), "instruction":
                                        question_of(self.index.records[i], self.index.manifest["field"])})
-                    examples.append(self.example(i, system))
+                    try:
+                        examples.append(self.example(i, system))
+                    except InputError as error:
+                        neighbours[-1]["skipped"] = str(error)
         if self.tokenizer.read_as_text and not self.noticed:
             print(notice_of(self.tokenizer.read_as_text), file=sys.stderr)
             self.noticed = True
@@ -325,6 +344,28 @@ class Answerer:
                         "adapt_s": round(report.adapt_s, 3), "generate_s": round(generate_s, 3),
                         "restore_s": round(report.restore_s, 3), "tokens_per_s": round(len(new_ids) / generate_s, 1)},
             "model": str(s["model"]), "disclaimer": DISCLAIMER}
+
+
+def open_tokenizer(directory):
+    """(the Tokenizer of a model's folder, the tokens that the model's context holds)."""
+    tokenizer, config = Tokenizer.from_dir(directory), LlamaConfig.from_json(Path(directory) / "config.json")
+    check_vocabulary(tokenizer, config.vocab_size, directory)
+    return tokenizer, config.max_position_embeddings
+
+
+def system_message(text):
+    return [{"role": "system", "content": text}] if text else []
+
+
+def prompt_ids(tokenizer, system, question, history=()):
+    """The ids after which the answer to `question` begins; `system` is a text or None, `history` earlier messages."""
+    messages = [*system_message(system), *history, {"role": "user", "content": question}]
+    return render_chat(tokenizer, messages, add_generation_prompt=True)[0]
+
+
+def check_length(ids, context):
+    if len(ids) > context:
+        raise InputError(f"the prompt has {len(ids):,} tokens; expected at most {context:,}, the model's context")
 
 
 def at_row(where, function, *args):
@@ -413,7 +454,11 @@ def main(argv=None):
     settings = settings_of(args)
     reuse_freed_memory()
     print(f"model: {settings['model']}", file=sys.stderr)
-    answered = read_answers(args.out, questions, settings) if questions else None
+    if questions:
+        hold(args.out)
+        check_questions(questions, settings)
+        settings |= contents_of(settings)
+        answered = read_answers(args.out, questions, settings)
     answerer = Answerer(settings, pick_device(args.device))
     if questions:
         answer_file(answerer, questions, answered, args.out)
@@ -432,8 +477,8 @@ def answer_one(answerer, question, as_json, history=()):
 
     def on_neighbours(neighbours):
         for neighbour in neighbours:
-            print(f"neighbour {neighbour['id']}  score {neighbour['score']:.3f}  {shorten(neighbour['instruction'])}",
-                  flush=True)
+            print(f"neighbour {neighbour['id']}  score {neighbour['score']:.3f}  {shorten(neighbour['instruction'])}"
+                  + (f"  passed over: {neighbour['skipped']}" if "skipped" in neighbour else ""), flush=True)
 
     def on_adapted(report):
         if report.applied:
@@ -470,6 +515,7 @@ def chat(answerer, as_json):
         except UnicodeDecodeError as error:
             raise InputError(f"the question is not UTF-8 text (byte {error.start})") from None
         if question:
+            history = answerer.fitting(question, history)
             try:
                 result = answer_one(answerer, question, as_json, history)
             except InputError as error:  # a question too long, say: the next one may be better
@@ -490,6 +536,20 @@ def read_questions(path):
     if not questions:
         raise InputError(f"{path}: found no rows; expected one question a line")
     return questions
+
+
+def check_questions(questions, settings):
+    """InputError for the first question that the model's context does not hold, by its place in the file."""
+    tokenizer, context = open_tokenizer(settings["model"])
+    for _, where, question in questions:
+        ids = at_row(where, prompt_ids, tokenizer, settings["system"], question)
+        at_row(where, check_length, ids, context)
+
+
+def contents_of(settings):
+    """{name: SHA-256} of the files that answers depend on beside the settings: another model may lie in its place."""
+    return {"weights": weights_sha256(settings["model"]),
+            "index_manifest": sha256(Path(settings["index"]) / "manifest.json") if settings["ttt"] else None}
 
 
 OUR_ROW = b'{"line": '  # how each row of --out begins

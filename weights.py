@@ -9,6 +9,7 @@ q, k, v one below the other, gate_up is gate and up. Nothing is ever unpickled, 
 read in pieces: loading an 8B model takes the memory of its weights and 8 MB.
 """
 import contextlib
+import hashlib
 import json
 import math
 import shutil
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files import InputError, one_line, read_json, read_json_if_there, require_dir, written_aside
+from files import InputError, one_line, read_json, read_json_if_there, require_dir, sha256, written_aside
 from rounding import copy_weights_
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by their names on the command line
@@ -235,6 +236,21 @@ def checkpoint_files(directory):
         if twice:
             raise InputError(f"{path}: found {listed(twice)}, of which another file has one; expected it in one file")
     return paths
+
+
+def weights_sha256(directory):
+    """One SHA-256, in hex digits, of config.json and all files of weights in a model's folder."""
+    paths = sorted({Path(directory) / "config.json", *checkpoint_files(directory).values()})
+    return hashlib.sha256("".join(map(sha256, paths)).encode()).hexdigest()
+
+
+def stored_dtypes(directory):
+    """The dtypes of a model folder's tensors, by safetensors' names: {"BF16"}, {"F32"}, …"""
+    found = set()
+    for path in set(checkpoint_files(directory).values()):
+        with open_safetensors(path) as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no dict)
+    return found
 
 
 def listed(names, most=5):

@@ -27,6 +27,8 @@ import train
 from data import collate_pairs
 from dpo import dpo_loss, pair_logps, preference_loss, sequence_logps
 from files import InputError
+from parallel import World
+from tokenizer import Tokenizer
 
 # ----- the losses ----------------------------------------------------------------------------------------------------
 
@@ -420,6 +422,29 @@ def test_a_stale_reference_is_refused(base, pairs_file, trained, tmp_path, what,
     with pytest.raises(InputError, match=rf"reference.safetensors: computed with another .*{what}.*; expected the"):
         dpo.main(arguments(model, pairs_file, out, *more))
     assert not (out / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("stored, names", [(torch.bfloat16, set()), (torch.float32, {"seed", "shards"})])
+def test_a_reference_depends_on_ranks_and_seed_only_where_weights_are_rounded(base, tmp_path, stored, names):
+    model = shutil.copytree(base, tmp_path / "model")
+    tensors = {name: tensor.to(stored) for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors")
+
+    def facts(seed, shards, dtype):
+        args = SimpleNamespace(model=model, dtype=dtype, seed=seed, max_length=300)
+        run = SimpleNamespace(args=args, world=World(0, shards, torch.device("cpu"), shards=shards), files=[],
+                              tokenizer=Tokenizer.from_dir(model), facts={"model": "a digest", "template": "another"})
+        return dpo.reference_facts(run, [])
+    one, other = facts(1, 1, "bf16"), facts(2, 4, "bf16")
+    assert {name for name in one if one[name] != other[name]} == names
+    assert facts(1, 1, "fp32") == facts(2, 4, "fp32")
+
+
+def test_a_run_is_resumed_on_another_number_of_ranks(base, pairs_file, tmp_path):
+    argv = arguments(base, pairs_file, tmp_path, *TWO_EPOCHS, "--max-steps", 5)
+    run_ranks(1, run_main, argv, ("step", 4))
+    assert run_ranks(2, run_main, [*argv, "--resume"]) == [0, 0]  # blocks of references computed again
+    assert [row["step"] for row in metrics_of(tmp_path)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_reference_of_another_model_is_noticed_before_the_first_step(base, pairs_file, trained, tmp_path):

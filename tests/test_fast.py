@@ -391,6 +391,16 @@ def test_the_user_s_number_of_threads_stays_and_so_does_torch_s_elsewhere(monkey
     assert torch.get_num_threads() == 4
 
 
+@pytest.mark.parametrize("fault", [FileNotFoundError, ValueError])
+def test_without_the_kernel_s_numbers_the_threads_stay(monkeypatch, threads, fault):
+    def look():
+        raise fault
+    monkeypatch.setattr(fast.Threads, "look", staticmethod(look))
+    chosen = fast.Threads()
+    chosen.leave_busy_cores()
+    assert torch.get_num_threads() == 4
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/stat is Linux's")
 def test_the_seconds_of_this_process_are_among_those_of_its_cores():
     before = fast.Threads.look()

@@ -1,4 +1,5 @@
 """files.py: strict reading, writing that leaves the old or the new, and how a program ends."""
+import errno
 import gzip
 import json
 import math
@@ -292,6 +293,60 @@ def test_a_reader_that_leaves_is_no_error():
     pipe = '"$0" -c "$1" "$2" | head -1; echo ${PIPESTATUS[0]}'
     out = subprocess.run(["bash", "-c", pipe, sys.executable, code, ROOT], capture_output=True, text=True)
     assert out.stdout.splitlines() == ["line 0", "141"] and "Traceback" not in out.stderr
+
+
+def holding(path):
+    """Another process that holds `path`, started and holding."""
+    code = f"import files, time; files.hold({str(path)!r}); print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
+def test_what_another_process_writes_is_held_until_that_ends_however_it_ends(tmp_path):
+    out = tmp_path / "runs/one"
+    for end in (signal.SIGKILL, signal.SIGTERM):
+        other = holding(out)
+        with pytest.raises(InputError, match=rf"one: process {other.pid} on .* is writing there; expected another"):
+            files.hold(tmp_path / "runs/../runs/one")
+        files.hold(tmp_path / "runs/two")
+        other.send_signal(end)
+        other.wait()
+        done = subprocess.run([sys.executable, "-c", f"import files; files.hold({str(out)!r})"], cwd=ROOT)
+        assert done.returncode == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [".two.lock"]  # this process's own
+    files.hold(out)
+    files.hold(out)  # again in one process: the same run
+    files.release(out, out.with_name(".one.lock"), os.getpid())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
+def test_a_lock_file_that_its_holder_has_just_removed_is_not_taken_for_a_lock(tmp_path, monkeypatch):
+    """Between open and flock the other process ends and removes the file; this one must take a new file."""
+    import fcntl
+    lock, taken = tmp_path / ".out.lock", []
+
+    def flock(file, how, real=fcntl.flock):
+        if not taken:
+            lock.unlink()
+        taken.append(os.fstat(file.fileno()).st_ino)
+        real(file, how)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    files.hold(tmp_path / "out")
+    assert len(taken) == 2 and lock.stat().st_ino == taken[1]
+    files.release(tmp_path / "out", lock, os.getpid())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch, capsys):
+    import fcntl
+
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    files.hold(tmp_path / "out")
+    assert capsys.readouterr().err == f"{tmp_path}/out: no lock keeps other runs away (No locks available)\n"
 
 
 def test_a_flag_is_taken_by_its_whole_name_only():

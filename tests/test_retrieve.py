@@ -250,6 +250,12 @@ def test_build_then_search(tiny, tmp_path, capsys):
     assert status == 0 and err == "" and len(out.splitlines()) == 2 and "which drug for asthma" in out
 
 
+def test_build_warns_of_records_without_an_answer(tiny, tmp_path, capsys):
+    data = jsonl(tmp_path / "data.jsonl", [{"instruction": "pain?"}, {"instruction": "fever?", "response": "Yes."}])
+    status, _, err = run(capsys, "build", "--data", data, "--encoder", tiny.directory, "--out", tmp_path / "index")
+    assert status == 0 and "warning: 1 records have no answer to learn from; ttt.py will pass over them" in err
+
+
 def test_searches_use_the_instruction_the_index_was_built_with(tiny, tmp_path, capsys):
     data = jsonl(tmp_path / "data.jsonl", [{"instruction": text, "response": "…"} for text in random_texts(20, seed=3)])
     query = "which drug for asthma"

@@ -138,7 +138,7 @@ def test_malformed_rows_are_named(row, found):
 
 
 def test_a_row_of_junk_raises_input_error_and_nothing_else():
-    """2,000 random rows: wrong types under known keys, and good messages under wrong ones; no row is changed."""
+    """2,500 random rows: wrong types under known keys, and good messages under wrong ones; no row is changed."""
     rng, keys = random.Random(0), [*QUESTIONS, *MATERIAL, *OPTIONS, *ANSWERS, *CONVERSATIONS, *SYSTEMS, "rejected",
                                    "history", "reasoning", "tools", "weight", "label", "preferred_output"]
 
@@ -154,7 +154,7 @@ def test_a_row_of_junk_raises_input_error_and_nothing_else():
             return said(rng.choice(["user", "assistant", "system"]), value(depth) if rng.random() < 0.2 else "x")
         return {rng.choice(["role", "content", "from", "value", *TRAINED, *THOUGHTS]): value(depth) for _ in range(3)}
     read = Counter()
-    for _ in range(2000):
+    for _ in range(2500):
         row = {rng.choice(keys): value() for _ in range(rng.randrange(6))}
         before = json.dumps(row)
         for function in (messages_of, pair_of, question_of, lone_question):

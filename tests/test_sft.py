@@ -2,6 +2,7 @@
 import gzip
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import transformers
 from conftest import CONFIG, ROOT, assert_close, gradients, random_examples, tiny_llama
 from ranks import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import model as M
 import sft
@@ -249,6 +250,47 @@ def test_bad_rows_can_be_skipped_and_gz_is_read(base, tmp_path):
     done = command(*arguments(base, path, tmp_path / "out", "--dry-run", "--on-bad-row", "skip", "--val-rows", 0))
     assert done.returncode == 0 and f"skipped: {path}:2: found no text" in done.stderr and "1 bad" in done.stdout
     assert done.stderr.count("added tokens in texts that are read as plain text: <|im_end|>\n") == 1
+
+
+def test_two_runs_do_not_share_a_folder(base, rows_file, tmp_path):
+    """Nor with --resume; a plan may be looked at."""
+    code = f"import files, time; files.hold({str(tmp_path / 'out')!r}); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        for more in ((), ("--resume",)):
+            done = command(*arguments(base, rows_file, tmp_path / "out", *more))
+            assert done.returncode == 2 and f"out: process {other.pid} on " in done.stderr, done.stderr
+        assert command(*arguments(base, rows_file, tmp_path / "out", "--dry-run")).returncode == 0
+        other.kill()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_model_without_checkpoints_is_not_overwritten(base, rows_file, trained, tmp_path):
+    """`make chain` leaves such a folder."""
+    shutil.copytree(trained / "model", tmp_path / "out/model")
+    done = command(*arguments(base, rows_file, tmp_path / "out"))
+    assert done.returncode == 2 and "holds the model of an earlier run; expected --resume to go on, or another" \
+        in done.stderr
+
+
+def test_a_run_is_resumed_by_what_its_model_is_and_not_by_where_it_lies(base, rows_file, trained, tmp_path):
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    shutil.copytree(trained, out)
+    shutil.copytree(base, moved)
+    more = ("--epochs", "2", "--save-every", "4", "--resume")
+    done = command(*arguments(f"{moved}/", rows_file, out, *more))
+    assert done.returncode == 0, done.stderr
+    settings = moved / "tokenizer_config.json"
+    given = settings.read_text()
+    settings.write_text(given.replace("named SmolLM", "named Smol"))
+    done = command(*arguments(moved, rows_file, out, *more))
+    assert done.returncode == 2 and "made with other settings: template was '" in done.stderr
+    settings.write_text(given)
+    tensors = load_file(moved / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, moved / "model.safetensors", metadata={"format": "pt"})
+    done = command(*arguments(moved, rows_file, out, *more))
+    assert done.returncode == 2 and "made with other settings: model was '" in done.stderr
 
 
 def test_an_existing_run_is_not_overwritten_but_resumed(base, rows_file, trained):

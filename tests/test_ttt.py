@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, bits, same, tiny, tiny_examples
+from safetensors.torch import load_file, save_file
 
 import model as M
 import retrieve
@@ -319,9 +321,9 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(toy, too_f
 
 def test_a_trace_is_cut_at_the_models_context(toy):
     answerer = ttt.Answerer(settings(toy))
-    answerer.model.config = replace(answerer.model.config, max_position_embeddings=90)
+    answerer.model.config = replace(answerer.model.config, max_position_embeddings=300)
     ids, labels = answerer.example(0, [])
-    assert len(ids) == len(labels) == 90
+    assert len(ids) == len(labels) == 300
 
 
 def test_the_nearest_trace_of_a_stored_question_is_its_own(toy):
@@ -375,6 +377,90 @@ def test_chat_answers_in_turns(toy, run):
               stdin="What is asthma?\n\nAnd in children?\n")
     assert out.returncode == 0, out.stderr
     assert [json.loads(line)["question"] for line in out.stdout.splitlines()] == ["What is asthma?", "And in children?"]
+
+
+def test_a_chat_that_has_filled_the_context_goes_on_without_its_oldest_turns(toy, run, tmp_path, monkeypatch):
+    """The context holds the prompt of the third question and an answer of 8 tokens, and not one token more."""
+    answer, asked = "yes " * 12, []
+    turns = [{"role": role, "content": text} for question in ("One?", "Two?")
+             for role, text in (("user", question), ("assistant", answer))]
+    tokens = len(ttt.prompt_ids(Tokenizer.from_dir(toy / "model"), None, "Three?", turns)) + 8
+    model = small_context(toy, tmp_path / "model", tokens)
+    monkeypatch.setattr(ttt.Answerer, "answer", lambda self, question, history=(), *more: asked.append(
+        [message["content"] for message in history]) or {"answer": answer, "question": question})
+    out = run("--chat", "--model", model, "--no-ttt", "--max-new-tokens", 8, "--json",
+              stdin="One?\nTwo?\nThree?\nFour?\n")
+    assert out.returncode == 0, out.stderr
+    assert asked == [[], ["One?", answer], ["One?", answer, "Two?", answer], ["Two?", answer, "Three?", answer]]
+    assert out.stderr.count(f"context of {tokens} tokens is full: the oldest 1 question(s)") == 1
+
+
+def small_context(toy, folder, tokens):
+    """A copy of the toy's model with a context of so many tokens."""
+    shutil.copytree(toy / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": tokens}))
+    return folder
+
+
+def test_a_question_that_does_not_fit_is_refused_before_anything_is_loaded(toy, run, tmp_path, monkeypatch):
+    questions = [{"question": "What is asthma?"}, {"question": "why " * 200}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    monkeypatch.setattr(ttt, "Answerer", None)
+    out = run("--questions", tmp_path / "q.jsonl", "--out", tmp_path / "a.jsonl", "--model",
+              small_context(toy, tmp_path / "model", 150), "--index", toy / "index")
+    assert out.returncode == 2 and not (tmp_path / "a.jsonl").exists()
+    assert re.search(r"q.jsonl:2: the prompt has 2\d\d tokens; expected at most 150, the model's context", out.stderr)
+
+
+def test_a_question_that_does_not_fit_is_refused_before_it_is_looked_up(toy, tmp_path):
+    answerer = ttt.Answerer(settings(toy, model=str(small_context(toy, tmp_path / "model", 150))))
+    answerer.index = answerer.encoder = None
+    with pytest.raises(InputError, match="expected at most 150, the model's context"):
+        answerer.answer("why " * 200)
+
+
+def test_a_neighbour_without_an_answer_is_passed_over(toy, run, monkeypatch):
+    """One has no response, one is so long that nothing of its answer is within the cut."""
+    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
+    answerer = ttt.Answerer(settings(toy, k=3))
+    first, second, third = (neighbour["id"] for neighbour in answerer.answer("What is asthma?")["neighbours"])
+    records = answerer.index.records
+    records[first] = {"instruction": records[first]["instruction"]}
+    records[third] = records[third] | {"instruction": "why " * 300}
+    shown = ttt.answer_one(answerer, "What is asthma?", as_json=True)
+    found = {neighbour["id"]: neighbour.get("skipped") for neighbour in shown["neighbours"]}
+    assert found[first].startswith("found no text under response") and found[second] is None
+    assert found[third] == "its first 250 tokens hold nothing of the answer"
+    assert shown["ttt"]["applied"] and shown["restored"]
+
+
+def test_a_neighbour_that_is_passed_over_is_shown(toy, capsys):
+    answerer = ttt.Answerer(settings(toy, k=1, max_new_tokens=2))
+    answerer.index.records[:] = [{"instruction": record["instruction"]} for record in answerer.index.records]
+    ttt.answer_one(answerer, "What is asthma?", as_json=False)
+    shown = capsys.readouterr().out
+    assert "  passed over: found no text under response" in shown and "not adapted: no neighbour" in shown
+
+
+@pytest.mark.parametrize("what", ["weights", "index_manifest"])
+def test_answers_of_other_weights_or_another_index_at_the_same_place_are_not_gone_on_with(toy, run, tmp_path, what):
+    for folder in ("model", "index"):
+        shutil.copytree(toy / folder, tmp_path / folder)
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "What is asthma?"}) + "\n")
+    arguments = ["--questions", tmp_path / "q.jsonl", "--model", tmp_path / "model", "--index", tmp_path / "index",
+                 "--max-new-tokens", 2, "--k", 1, "--out", tmp_path / "a.jsonl"]
+    assert run(*arguments).returncode == 0
+    if what == "weights":
+        tensors = load_file(tmp_path / "model/model.safetensors")
+        tensors["model.norm.weight"][0] += 1
+        save_file(tensors, tmp_path / "model/model.safetensors")
+    else:
+        index = retrieve.Index.load(tmp_path / "index")
+        index.manifest["sources"] = []
+        index.save(tmp_path / "index")
+    out = run(*arguments)
+    assert out.returncode == 2 and f"made with another {what}; expected the same settings" in out.stderr
 
 
 def test_added_tokens_in_questions_are_named_once(toy, run):
