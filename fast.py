@@ -15,6 +15,7 @@ plain formula; tests/test_fast.py compares the two.
 
 Shapes: B batch, T queries, S keys, D width, H query heads, K key-value heads, C channels of a head, N labels, V words.
 """
+import contextlib
 import ctypes
 import functools
 import math
@@ -116,12 +117,11 @@ class Norm(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, weight, eps):
-        y, scale = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
-        w, rows = weight.to(x.dtype), (1 << 17) // x.shape[-1] or 1
+        y, scale, w = torch.empty_like(x), torch.empty(*x.shape[:-1], 1), weight.to(x.dtype)
         # a few rows at a time: of all rows the intermediate results would leave holes in the heap
-        for part, normed, norm in zip(*(tensor.flatten(0, -2).split(rows) for tensor in (x, y, scale))):
-            normed.copy_(F.rms_norm(part, w.shape, w, eps))
-            torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32, out=norm)
+        for rows, normed, norm in zip(*(rows_in_cache(tensor.flatten(0, -2), x.shape[-1]) for tensor in (x, y, scale))):
+            normed.copy_(F.rms_norm(rows, w.shape, w, eps))
+            torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32, out=norm)
         if any(ctx.needs_input_grad):
             scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
             ctx.divides = x.dtype == torch.bfloat16 and bool(weight.abs().min() > 1e-30)
@@ -386,7 +386,7 @@ class TokenLogps(torch.autograd.Function):
                 top, _ = exponentials_(d)
             place, inside = places_in(labels, words)
             hit, factor = torch.where(inside, grad, 0), -grad * (top - normalizer).exp()
-            for rows, *column in zip(*(rows_in_cache(x, d) for x in (d, factor, place, hit))):
+            for rows, *column in zip(*(rows_in_cache(x, d.shape[1]) for x in (d, factor, place, hit))):
                 f, label, one = (x[:, None] for x in column)
                 rows.copy_(rows.float().mul_(f).scatter_add_(-1, label, one))  # then rounded, once
             grad_h += d @ block
@@ -400,7 +400,7 @@ class TokenLogps(torch.autograd.Function):
 def exponentials_(logits):
     """Writes exp(logit - the largest of its row) over logits [N, words]: (the largest, the sum of a row), in fp32."""
     top, sums = torch.empty(2, len(logits), device=logits.device)
-    for rows, largest, total in zip(*(rows_in_cache(x, logits) for x in (logits, top, sums))):
+    for rows, largest, total in zip(*(rows_in_cache(x, logits.shape[1]) for x in (logits, top, sums))):
         exact = rows.float()
         torch.amax(exact, -1, out=largest)
         torch.sum(exact.sub_(largest[:, None]).exp_(), -1, out=total)
@@ -425,9 +425,9 @@ def places_in(labels, words):
     return torch.where(inside, labels - words.start, 0), inside
 
 
-def rows_in_cache(tensor, logits):
-    """`tensor` in pieces of as many rows as of a block's `logits` stay in a CPU's cache while worked on in fp32."""
-    return tensor.split(max(1, (1 << 17) // logits.shape[1]) if tensor.device.type == "cpu" else len(tensor))
+def rows_in_cache(tensor, width):
+    """`tensor` in pieces of as many rows as stay in a CPU's cache where a row has `width` numbers in fp32."""
+    return tensor.split(max(1, (1 << 17) // width) if tensor.device.type == "cpu" else len(tensor))
 
 # ----- memory: freed and used again ----------------------------------------------------------------------------------
 
@@ -466,12 +466,10 @@ class Threads:
     """
 
     def __init__(self):
-        self.most = torch.get_num_threads()
-        self.fixed = "OMP_NUM_THREADS" in os.environ or sys.platform != "linux"
-        try:
-            self.seen = None if self.fixed else self.look()
-        except (OSError, ValueError):  # no /proc, or another one
-            self.fixed = True
+        self.most, self.seen = torch.get_num_threads(), None  # None: the number stays
+        if "OMP_NUM_THREADS" not in os.environ and sys.platform == "linux":
+            with contextlib.suppress(OSError, ValueError):  # no /proc, or another one
+                self.seen = self.look()
 
     @staticmethod
     def look():
@@ -486,7 +484,7 @@ class Threads:
 
     def leave_busy_cores(self):
         """Sets the number of threads by the CPU time of other processes since the last call; not within 0.2 s of it."""
-        if self.fixed:
+        if self.seen is None:
             return
         now = self.look()
         seconds, used, own = (after - before for after, before in zip(now, self.seen))

@@ -41,7 +41,7 @@ from files import (
     written_aside,
 )
 from parallel import from_all, interleaved_on_rank_0, start, stop
-from rows import messages_of, question_of
+from rows import messages_of, question_of, try_to
 from tokenizer import check_unicode
 
 DEFAULT_ENCODER = "models/all-minilm-l6-v2"
@@ -67,23 +67,25 @@ class Index:
     @classmethod
     def build(cls, encoder, records, field="instruction", factory="Flat", sources=(), progress=False):
         """Embeds the question of every record (a dict); `sources` is copied into the manifest. The first of several
-        records with the same question and conversation is kept; the manifest counts the others as `repeats`.
+        records with the same question and conversation is kept. The manifest counts the others (`repeats`), and the
+        records kept that have no answer to learn from (`unanswered`).
 
         Under torchrun every rank calls this with the same records and encodes its share; rank 0 gets the index, the
         others None. InputError for a record without a question, and for a factory string FAISS cannot build.
         """
         if not records:
             raise InputError("no records to index; expected at least one")
-        given, records = len(records), without_repeats(records, field)
+        given, (questions, records, answered) = len(records), zip(*distinct(records, field))
         empty = np.empty((0, encoder.dimension), dtype=np.float32)
         build_faiss(empty, factory)  # a wrong string fails now, not after the encoding
-        vectors = encode_in_parallel(encoder, [question_of(record, field) for record in records], progress)
+        vectors = encode_in_parallel(encoder, questions, progress)
         if vectors is None:
             return None
         described = {"directory": str(encoder.directory), "name": encoder.directory.resolve().name, **encoder.identity}
-        return cls(vectors, records, {"format": FORMAT, "encoder": described, "field": field, "factory": factory,
-                                      "count": len(records), "repeats": given - len(records),
-                                      "dimension": vectors.shape[1], "sources": list(sources)})
+        manifest = {"format": FORMAT, "encoder": described, "field": field, "factory": factory, "count": len(records),
+                    "repeats": given - len(records), "unanswered": answered.count(False),
+                    "dimension": vectors.shape[1], "sources": list(sources)}
+        return cls(vectors, list(records), manifest)
 
     def search(self, vectors, k):
         """float32 [Q, D] -> (scores float32 [Q, k], ids int64 [Q, k]), best first, with k at most the number of
@@ -165,19 +167,17 @@ def says(manifest, key, otherwise=None):
     return manifest["encoder"].get(key, UNSAID.get(key, otherwise))
 
 
-def without_repeats(records, field):
-    """The records without those that repeat the question and conversation of an earlier one.
+def distinct(records, field):
+    """[(question, record, whether it has an answer), …], without repeats of an earlier question and conversation.
 
-    A step of test-time training on either is the same step. Other columns, such as an id, may differ.
+    A step of test-time training on either is the same step. Other columns, such as an id, may differ. A question
+    without an answer can be searched, but not trained on.
     """
     kept = {}
     for record in records:
-        try:
-            trace = [[message["role"], message["content"]] for message in messages_of(record)]
-        except InputError:
-            trace = record  # a question without an answer can be searched, but not trained on
-        text = json.dumps([question_of(record, field), trace], sort_keys=True)
-        kept.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), record)
+        question, (fault, messages) = question_of(record, field), try_to(messages_of, record, "")
+        text = json.dumps([question, record if fault else messages], sort_keys=True)
+        kept.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), (question, record, not fault))
     return list(kept.values())
 
 
@@ -276,17 +276,10 @@ def build_command(args):
             print(f"warning: left out {bad} bad rows (no question, or no JSON)", file=sys.stderr)
         if repeats := index.manifest["repeats"]:
             print(f"left out {repeats} records that repeat an earlier question and conversation", file=sys.stderr)
-        if unanswered := sum(not has_answer(record) for record in index.records):
+        if unanswered := index.manifest["unanswered"]:
             print(f"warning: {unanswered} records have no answer to learn from; ttt.py will pass over them",
                   file=sys.stderr)
         print(f"{args.out}: {len(index.records)} records, {index.vectors.shape[1]} dimensions, {args.factory}")
-
-
-def has_answer(record):
-    try:
-        return bool(messages_of(record))
-    except InputError:
-        return False
 
 
 def search_command(args):

@@ -139,8 +139,9 @@ def open_run(args, name, fixed=()):
                          f"{run.config.max_position_embeddings} tokens, expected at most that")
     if not args.dry_run and not args.inspect:
         computed_on_rank_0(world, lambda: hold(run.out))
-        earlier = "the checkpoints" if checkpoints_of(run.out / "checkpoints") else "the model"
-        if not args.resume and (earlier == "the checkpoints" or (run.out / "model/config.json").is_file()):
+        earlier = "the checkpoints" if checkpoints_of(run.out / "checkpoints") else \
+            "the model" if (run.out / "model/config.json").is_file() else None
+        if earlier and not args.resume:
             raise InputError(f"--out {run.out}: holds {earlier} of an earlier run; expected --resume to go on, or "
                              "another folder")
     args.micro_tokens = args.micro_tokens or default_budget(world)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import model as M
+from encoder import Encoder
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,13 +76,18 @@ def minilm():
     return MINILM
 
 
+def with_smollm2_s_tokenizer(smollm2, folder, seed, **sizes):
+    """Writes a tiny random model with the tokenizer of `smollm2`, tied, in bf16, to `folder`."""
+    config = replace(CONFIG, max_position_embeddings=8192, tie_word_embeddings=True, **sizes)
+    M.save_model(M.Llama(config).init_weights(seed).to(torch.bfloat16), folder, source=smollm2)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def base(smollm2, tmp_path_factory):
-    """A tiny random model with SmolLM2's vocabulary, tied, in bf16."""
-    folder = tmp_path_factory.mktemp("base") / "model"
-    config = replace(CONFIG, vocab_size=49152, hidden_size=32, max_position_embeddings=8192, tie_word_embeddings=True)
-    M.save_model(M.Llama(config).init_weights(2).to(torch.bfloat16), folder, source=smollm2)
-    return folder
+    """The folder of a tiny random model with SmolLM2's vocabulary."""
+    return with_smollm2_s_tokenizer(smollm2, tmp_path_factory.mktemp("base") / "model", 2, vocab_size=49152,
+                                    hidden_size=32)
 
 
 @pytest.fixture(scope="session")
@@ -95,10 +101,8 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def too_few_rows(smollm2, tmp_path_factory):
     """The folder of a tiny random model of 49,151 rows with a tokenizer of 49,152 ids."""
-    folder = tmp_path_factory.mktemp("too_few_rows") / "model"
-    config = replace(CONFIG, vocab_size=49151, hidden_size=8, max_position_embeddings=8192, tie_word_embeddings=True)
-    M.save_model(M.Llama(config).init_weights(3).to(torch.bfloat16), folder, source=smollm2)
-    return folder
+    return with_smollm2_s_tokenizer(smollm2, tmp_path_factory.mktemp("too_few_rows") / "model", 3, vocab_size=49151,
+                                    hidden_size=8)
 
 
 @pytest.fixture(scope="session")
@@ -182,6 +186,21 @@ def random_texts(count, seed=0, longest=60):
 def write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def one_thread():
+    """Small work on shared cores is faster with one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", name="tiny")  # of the tests that import no function of this name
+def tiny_bert(tmp_path_factory):
+    """The Encoder of a random two-layer BERT."""
+    return Encoder.from_dir(tiny_encoder(tmp_path_factory.mktemp("encoder") / "bge-tiny-en")[0])
 
 
 def tiny_encoder(directory, pooling="cls", prefix="", seed=0, max_seq_length=40, lower_case=True):

@@ -30,18 +30,7 @@ def reference(model, directory, batch, pooling, max_tokens):
     return torch.nn.functional.normalize(pooled, dim=1).numpy()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small work on shared cores is faster with one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return Encoder.from_dir(tiny_encoder(tmp_path_factory.mktemp("encoder") / "bge-tiny-en")[0])
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ----- vectors -------------------------------------------------------------------------------------------------------

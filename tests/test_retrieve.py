@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, random_texts, tiny_encoder, write_json
 from safetensors.numpy import save_file
 
@@ -16,19 +15,7 @@ from encoder import Encoder
 from files import InputError, run_main, sha256
 from retrieve import Index, encode_in_parallel, main, manifest_sha256
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small work on shared cores is faster with one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return Encoder.from_dir(tiny_encoder(tmp_path_factory.mktemp("encoder") / "bge-tiny-en")[0])
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
