@@ -162,6 +162,13 @@ def test_of_records_with_one_question_and_conversation_the_first_is_kept(tiny, t
     assert len({json.dumps(loaded.records[i]) for i in loaded.search(tiny.encode(["pain"]), 4)[1][0]}) == 4
 
 
+def test_of_one_conversation_trained_in_two_ways_both_records_are_kept(tiny):
+    talk = [{"role": "user", "content": "pain"}, {"role": "assistant", "content": "Where?"},
+            {"role": "user", "content": "chest"}, {"role": "assistant", "content": "Call."}]
+    rows = [{"messages": talk}, {"messages": [talk[0], talk[1] | {"weight": 0}, *talk[2:]]}, {"messages": talk}]
+    assert Index.build(tiny, rows).records == rows[:2]
+
+
 def test_an_index_that_states_no_prompts_loads_if_the_encoder_has_none(saved, tiny):
     manifest = json.loads((saved / "manifest.json").read_text())
     old = {"directory", "name", "model_sha256", "tokenizer_sha256", "config_sha256", "pooling", "max_tokens",
