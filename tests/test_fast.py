@@ -373,6 +373,14 @@ def test_one_thread_for_each_core_that_others_leave(threads, seconds, used, own,
     assert torch.get_num_threads() == 4
 
 
+def test_there_are_never_more_threads_than_at_first(threads):
+    torch.set_num_threads(3)  # torch may take fewer than there are cores
+    look, chosen = threads[1], fast.Threads()
+    look[:] = 12, 100, 50
+    chosen.leave_busy_cores()
+    assert torch.get_num_threads() == 3
+
+
 def test_threads_come_back_when_the_others_leave(threads):
     chosen, look = threads
     for seconds, used, own, expected in ((1, 4, 2, 2), (1, 4, 4, 4), (0.1, 0.4, 0, 4), (0.9, 3.6, 0, 1)):

@@ -128,6 +128,25 @@ def test_a_head_of_its_own_is_sharded_like_any_other_weight(declared_tied):
         for ours, theirs in (("embed.weight", "model.embed_tokens.weight"), ("head.weight", "lm_head.weight")):
             assert np.array_equal(found[ours], stored[theirs].float().numpy())
 
+
+def test_busy_cores_are_left_before_each_step_and_taken_again_at_the_end(tiny_folder, monkeypatch):
+    world, order = World(0, 1, torch.device("cpu")), []
+    training = train.load_training(tiny_folder, world)
+
+    class Watched(train.Threads):
+        def leave_busy_cores(self):
+            order.append("threads")
+
+        def close(self):
+            order.append("closed")
+
+    def loss(model, batch):
+        order.append("loss")
+        return loss_fn(model, batch)
+    monkeypatch.setattr(train, "Threads", Watched)
+    train.fit(training, batches_for(world, budget=10_000), loss, steps=2, lr=1e-3)
+    assert order == ["threads", "loss", "threads", "loss", "closed"]
+
 # ----- resuming ------------------------------------------------------------------------------------------------------
 
 

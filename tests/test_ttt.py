@@ -299,6 +299,15 @@ def test_an_answer_tells_its_neighbours_before_and_its_report_after_the_steps(to
     assert same(answerer.model, before)
 
 
+def test_busy_cores_are_left_before_the_steps_and_before_the_answer(toy, monkeypatch):
+    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
+    answerer, order = ttt.Answerer(settings(toy, k=1, max_new_tokens=2)), []
+    monkeypatch.setattr(answerer.threads, "leave_busy_cores", lambda: order.append("threads"))
+    answerer.answer("What is asthma?", (), *(lambda found, what=what: order.append(what)
+                                             for what in ("neighbours", "report", "text")))
+    assert order[:5] == ["neighbours", "threads", "report", "threads", "text"]
+
+
 def test_a_question_is_embedded_with_the_instruction_the_index_was_built_with(toy, tmp_path):
     index = retrieve.Index.load(toy / "index")
     index.manifest["encoder"]["query_instruction"] = "drug: "
