@@ -333,16 +333,22 @@ def test_the_table_of_what_a_gpu_needs():
     Numbers a token that a layer keeps in 2 bytes: four of the width (the block's input, both norms' outputs, the sum
     after attention), gate and up, and queries and keys two times each, before and after they are rotated and copied:
     4 · 4,096 + 2 · 14,336 + 4 · (4,096 + 1,024) = 65,536. Of the head: a block of 2^26 logits in three fp32 tensors,
-    and 2^27 kept in bf16. Gathered over ranks: embedding, head and two layers, in bf16, and their gradients.
+    and 2^27 kept in bf16. Gathered over ranks: embedding, head, last norm and two layers, in bf16, with gradients.
     """
     layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096
     embedding = 128256 * 4096
     state = 18 * (32 * layer + 2 * embedding + 4096)  # weights 2, masters 4, moments 8, gradients 4
     head, token = 12 * 2**26 + 2 * 2**27, 2 * 65_536
     kept, recomputed = 8192 * 32 * token, 8192 * (32 * 2 * 4096 + token)
-    gathered = 2 * 2 * (2 * embedding + 2 * layer)
-    expected = [[f"{(state / shards + (shards > 1) * gathered + head + activations) / 1e9:.0f} GB"
-                 for activations in (kept, recomputed)] for shards in (1, 8, 8, 16)]
+    gathered = 2 * 2 * (2 * embedding + 4096 + 2 * layer)
+    expected = [[state / shards + (shards > 1) * gathered + head + activations for activations in (kept, recomputed)]
+                for shards in (1, 8, 8, 16)]
+    for own, (ranks, shards) in zip(expected, [(1, 1), (8, 8), (16, 8), (16, 16)]):
+        world = World(0, ranks, torch.device("cuda"), shards=shards)
+        parts = [run.expected_memory(M.LlamaConfig(), world, dtype=torch.bfloat16, tokens=8192,
+                                     activation_checkpointing=recompute).values() for recompute in (False, True)]
+        assert [*map(sum, parts)] == pytest.approx(own, rel=1e-12)
+    expected = [[f"{size / 1e9:.0f} GB" for size in sizes] for sizes in expected]
     assert expected[0] == ["180 GB", "149 GB"]
     lines = (ROOT / "bench/README.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[2:4]] for line in lines if line.count("|") == 4]
