@@ -62,7 +62,7 @@ MUTANTS = {
         ("return load_training(args.model, world, dtype=DTYPES[args.dtype], weight_decay=args.weight_decay,",
          "return load_training(args.model, world, dtype=DTYPES[args.dtype], weight_decay=0.01,", FLAGS),
         ("held, examples = examples[:held_out], examples[held_out:held_out + args.rows]",
-         "held, examples = examples[:held_out], examples[:args.rows]",
+         "held, examples = examples[:held_out], examples[:len(examples) - held_out][:args.rows]",
          "test_sft.py::test_rows_held_out_are_not_trained"),
         ("(16 if w == 4 else 18) * parameters / world.shards,", "(12 if w == 4 else 14) * parameters / world.shards,",
          "test_run.py::test_the_state_that_is_expected_is_that_of_the_tensors"),
