@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo chain test test-all test-gpu bench lint clean
+.PHONY: demo chain test test-all test-gpu mutants bench lint clean
 
 # Without a GPU, TORCH="--index-url URL torch" with the URL of PyTorch's CPU wheels saves gigabytes of CUDA packages.
 TORCH ?= torch
@@ -57,14 +57,19 @@ runs/demo-dpo/model/config.json: runs/demo-cold-start/model/config.json
 
 test: $(VENV)/test.done
 	$(BIN)/python demo/fetch.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n 2 --dist worksteal
 
 test-all: $(VENV)/test.done
 	$(BIN)/python demo/fetch.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --heavy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n 2 --dist worksteal --heavy
 
 test-gpu: $(VENV)/test.done
-	$(BIN)/python -m pytest --gpu tests/test_gpu.py
+	$(BIN)/python -m pytest -rs --gpu tests/test_gpu.py
+
+# Breaks the code a line at a time: each time the named test must fail (minutes).
+mutants: $(VENV)/test.done
+	$(BIN)/python demo/fetch.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 bench: $(VENV)/bench.done
 	$(BIN)/python demo/fetch.py

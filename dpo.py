@@ -50,6 +50,7 @@ from weights import open_safetensors, stored_dtypes
 
 LOSSES = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm")
 PER_TOKEN = ("ipo", "sigmoid_norm")  # these compare means over the tokens of an answer
+BETA, BETA_OF_MEANS = 0.1, 5.0  # the second is sigmoid_norm's: margins per token are that much smaller
 PAIRS_A_RANK = 16  # of an optimizer step
 AS_SFT = "as in the SFT stages"
 DEFAULTS = {"model": ("runs/sft-cold-start/model", SUMMARY), "out": ("runs/dpo", OURS), "rows": (33_000, SUMMARY),
@@ -171,9 +172,9 @@ def preference_loss(logps, reference, lengths, *, loss_type="sigmoid", **setting
     """The loss of N pairs for `train.fit`: (summed loss, N, {name: sum}); logps, reference, lengths [N, 2]: w, l.
 
     `margin` is the difference of the rewards (per token for the losses that compare those), `accuracy` counts pairs in
-    which it is above 0. `kl` is the mean over both answers of log p_ref - log p, in nats an answer: the k1 estimate of
-    KL(p_ref || p), not the KL(p || p_ref) of DPO's objective; unbiased only where the answers were drawn from the
-    reference, elsewhere a measure of drift that may be below 0.
+    which it is above 0. `drift` is the mean over both answers of log p_ref - log p, in nats an answer: how much less
+    likely the model has made the answers of the data, below 0 where more. It is no estimate of DPO's KL(p || p_ref),
+    which would take answers drawn from the model.
     """
     losses, chosen, rejected = dpo_loss(
         *logps.unbind(1), *reference.unbind(1), loss_type=loss_type, chosen_lengths=lengths[:, 0],
@@ -184,7 +185,7 @@ def preference_loss(logps, reference, lengths, *, loss_type="sigmoid", **setting
                "accuracy": margin > 0, "logps_chosen": detached[:, 0], "logps_rejected": detached[:, 1],
                "length_chosen": lengths[:, 0], "length_rejected": lengths[:, 1]}
     if not settings.get("reference_free"):
-        metrics["kl"] = (reference - detached).mean(1)
+        metrics["drift"] = (reference - detached).mean(1)
     return losses.sum(), len(losses), {name: values.sum(dtype=torch.float64) for name, values in metrics.items()}
 
 # ----- the reference -------------------------------------------------------------------------------------------------
@@ -299,14 +300,17 @@ def parse_args(argv=None):
     parser = Parser(description="Direct preference optimization.")
     add_flags(parser, DEFAULTS | {"batch_size": (PAIRS_A_RANK * ranks, f"16 a GPU in {CODE}, times {ranks} here; name "
                                                  "it to resume on another number of ranks")})
-    parser.add_argument("--beta", type=number(0, open_end=True), default=0.1,
-                        help=f"how closely the model is held to the reference (default 0.1: {OURS})")
+    parser.add_argument("--beta", type=number(0, open_end=True),
+                        help=f"how closely the model is held to the reference (default {BETA:g}: {OURS}, DPO's and "
+                        f"TRL's own; of sigmoid_norm {BETA_OF_MEANS:g}: arXiv 2411.15124)")
     parser.add_argument("--loss-type", choices=LOSSES, default="sigmoid", help="see dpo_loss (default sigmoid: DPO)")
     parser.add_argument("--label-smoothing", type=number(0, 0.5), default=0.0,
                         help="part of the pairs taken to be labelled the wrong way round (default 0)")
     parser.add_argument("--alpha", type=number(0), default=0.0, help="weight of the chosen answer's NLL (default 0)")
     parser.add_argument("--reference-free", action="store_true", help="rewards are log p alone, without a reference")
     args = parser.parse_args(argv)
+    if args.beta is None:
+        args.beta = BETA_OF_MEANS if args.loss_type == "sigmoid_norm" else BETA
     check_loss(beta=args.beta, label_smoothing=args.label_smoothing, loss_type=args.loss_type, alpha=args.alpha)
     if args.loss_type == "robust" and not args.label_smoothing:
         raise InputError("--loss-type robust without --label-smoothing: that is sigmoid; expected one above 0")

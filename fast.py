@@ -11,7 +11,8 @@
     threads       fewer of them beside busy processes
 
 model.py reads as the textbook does because speed lives here. Every function gives the value and the gradients of its
-plain formula; tests/test_fast.py compares the two.
+plain formula; tests/test_fast.py compares the two. A gradient of a gradient is refused, not given wrong: backward uses
+numbers that forward kept, of which autograd knows nothing.
 
 Shapes: B batch, T queries, S keys, D width, H query heads, K key-value heads, C channels of a head, N labels, V words.
 """
@@ -26,6 +27,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 # ----- linear: x W.T -------------------------------------------------------------------------------------------------
 
@@ -69,6 +71,7 @@ class WidenedLinear(torch.autograd.Function):
         return product(x, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return product_gradients(grad, *ctx.saved_tensors)
 
@@ -92,6 +95,7 @@ class BufferedEmbedding(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         rows, places = ctx.saved_tensors[0].unique(return_inverse=True)
         sums = grad.new_zeros(len(rows), grad.shape[-1], dtype=torch.float32)
@@ -129,6 +133,7 @@ class Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         saved, weight, scale = ctx.saved_tensors
         w, g = weight.to(grad.dtype).float(), grad.float()  # as rounded in y
@@ -155,6 +160,7 @@ class GatedLinear(torch.autograd.Function):
         return product(F.silu(gate).mul_(up), weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gate_up, weight = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
@@ -190,6 +196,7 @@ class Rotation(torch.autograd.Function):
         return swapped.add_(exact * cos).to(x.dtype)  # not addcmul, which rounds once where transformers rounds twice
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         return Rotation.apply(grad, cos, -sin), None, None
@@ -273,6 +280,7 @@ class BlockedAttention(torch.autograd.Function):
         return heads_from_rows(out, heads)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (q, k, v, *kept), (B, H, _, C) = ctx.saved_tensors, grad.shape
         K = len(k) // B
@@ -371,6 +379,7 @@ class TokenLogps(torch.autograd.Function):
         return wanted - normalizer
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         h, weight, labels, normalizer = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # they are written over: a second backward pass computes them again

@@ -39,7 +39,10 @@ def stochastic_rounder(generator, device, n=None):
     Drawing is slow on a CPU: drawn one by one, the random integers take longer than all the rest. So a slice takes the
     upper half of (the same random 32-bit x) · (its own random odd number) mod 2^32. That is uniform for each weight,
     because an odd factor only permutes the 2^32 values; and the integers of two slices are independent, except for the
-    power of two in x, which matters for one x in 2^16. Tensors of at most `n` numbers need no more words than that.
+    power of two in x, which matters for one x in 2^16. That is so over the draw of the factors: once
+    they are drawn, the words of one slice are those of another times one fixed odd number. It does no harm: each weight
+    stays unbiased, and tests/test_rounding.py finds slices uncorrelated. Tensors of at most `n` numbers need no more
+    words than that.
     """
     x, on_cpu = draw_int32(n or slice_size(device), generator, device), torch.device(device).type == "cpu"
 

@@ -8,7 +8,8 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from conftest import ROOT, say, tiny_llama2, tiny_vocabulary
+from conftest import LLAMA3_WORDS, ROOT, random_texts, say, tiny_llama2, tiny_vocabulary
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from chat import check_vocabulary, render_chat
 from data import training_example
@@ -52,17 +53,46 @@ def chatml(smollm2):
     return Tokenizer.from_dir(smollm2), transformers.AutoTokenizer.from_pretrained(smollm2)
 
 
-@pytest.fixture(scope="session")
-def llama31(tmp_path_factory):
-    """Our tokenizer and transformers' on the true vocabulary of Llama 3.1."""
-    if not LLAMA31.is_file():
-        pytest.skip(f"no ../{LLAMA31.relative_to(ROOT.parent)}: the Llama-3.1 vocabulary is not ours to ship")
-    folder = tmp_path_factory.mktemp("llama31")
-    (folder / "tokenizer.json").write_bytes(gzip.decompress(LLAMA31.read_bytes()))
+def both(folder):
+    """Our tokenizer and transformers' on the tokenizer.json of a folder, with Llama 3.1's template."""
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"),
                                                   bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
     theirs.chat_template = LLAMA31_TEMPLATE
     return Tokenizer.from_dir(folder), theirs
+
+
+@pytest.fixture(scope="session")
+def llama3(tmp_path_factory):
+    """Tokenizers on a small vocabulary of Llama 3.1's shape, so that no checkout goes without one: words cut as there,
+    whole words before merges, a BOS in front of every text, control tokens and reserved ones behind all others."""
+    folder, control = tmp_path_factory.mktemp("llama3"), [
+        "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id",
+        "reserved_special_token_2", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag",
+        *(f"reserved_special_token_{i}" for i in range(3, 9))]
+    inner = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    inner.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    inner.decoder = decoders.ByteLevel()
+    inner.train_from_iterator(
+        random_texts(300) + [message["content"] for messages in CONVERSATIONS for message in messages] * 9,
+        trainers.BpeTrainer(vocab_size=450, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    inner.add_special_tokens([f"<|{name}|>" for name in control])
+    bos = ("<|begin_of_text|>", inner.token_to_id("<|begin_of_text|>"))
+    inner.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(
+        single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]}:1 $B:1", special_tokens=[bos])])
+    inner.save(str(folder / "tokenizer.json"))
+    return both(folder)
+
+
+@pytest.fixture(scope="session")
+def llama31(tmp_path_factory):
+    """Tokenizers on the true vocabulary of Llama 3.1."""
+    if not LLAMA31.is_file():
+        pytest.skip(f"no ../{LLAMA31.relative_to(ROOT.parent)}: the Llama-3.1 vocabulary is not ours to ship")
+    folder = tmp_path_factory.mktemp("llama31")
+    (folder / "tokenizer.json").write_bytes(gzip.decompress(LLAMA31.read_bytes()))
+    return both(folder)
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +110,7 @@ def llama2(tmp_path_factory):
 # ----- templates -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vocabulary", ["chatml", "llama31"])
+@pytest.mark.parametrize("vocabulary", ["chatml", "llama3", "llama31"])
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_ids_equal_the_official_template(vocabulary, messages, request):
     ours, theirs = request.getfixturevalue(vocabulary)
@@ -110,7 +140,8 @@ def test_llama2_follows_meta_s_own_encoding(llama2):
         render_chat(ours, [*say("a"), *say("b")])
 
 
-@pytest.mark.parametrize("vocabulary, end", [("chatml", "<|im_end|>"), ("llama31", "<|eot_id|>"), ("llama2", "</s>")])
+@pytest.mark.parametrize("vocabulary, end", [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"),
+                                             ("llama31", "<|eot_id|>"), ("llama2", "</s>")])
 def test_the_loss_is_on_the_answers_and_their_end_alone(vocabulary, end, request):
     ours, _ = request.getfixturevalue(vocabulary)
     for messages in CONVERSATIONS:
@@ -128,7 +159,8 @@ def test_the_loss_is_on_the_answers_and_their_end_alone(vocabulary, end, request
         assert [span.lstrip() for span in spans] == [answer + end for answer in answers]
 
 
-@pytest.mark.parametrize("vocabulary, bos", [("chatml", None), ("llama31", "<|begin_of_text|>"), ("llama2", "<s>")])
+@pytest.mark.parametrize("vocabulary, bos", [("chatml", None), ("llama3", "<|begin_of_text|>"),
+                                             ("llama31", "<|begin_of_text|>"), ("llama2", "<s>")])
 def test_exactly_one_bos_and_the_prompt_is_a_prefix(vocabulary, bos, request):
     ours, _ = request.getfixturevalue(vocabulary)
     for messages in CONVERSATIONS:
@@ -267,7 +299,7 @@ def test_the_template_decides_where_a_vocabulary_serves_two(tmp_path):
 # ----- text that looks like control tokens ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vocabulary", ["chatml", "llama31", "llama2"])
+@pytest.mark.parametrize("vocabulary", ["chatml", "llama3", "llama31", "llama2"])
 def test_text_never_yields_control_ids(vocabulary, request):
     ours, _ = request.getfixturevalue(vocabulary)
     control = set(ours.special.values())
@@ -293,7 +325,7 @@ def test_a_control_token_not_marked_special_is_not_found_in_texts_either(chatml,
 # ----- streaming -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vocabulary", ["chatml", "llama31", "llama2"])
+@pytest.mark.parametrize("vocabulary", ["chatml", "llama3", "llama31", "llama2"])
 def test_streamed_pieces_join_to_the_text_without_half_characters(vocabulary, request):
     ours, _ = request.getfixturevalue(vocabulary)
     rng = random.Random(0)
@@ -325,9 +357,10 @@ def test_a_padded_row_of_the_model_has_no_text(llama2, chatml):
 # ----- the vocabulary of the model -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vocabulary, size", [("chatml", 49152), ("llama31", 128010), ("llama2", 480)])
+@pytest.mark.parametrize("vocabulary, size", [("chatml", 49152), ("llama3", 460), ("llama31", 128010), ("llama2", 480)])
 def test_a_model_has_a_row_for_every_id_of_texts_and_template(vocabulary, size, request):
-    """Llama 3.1's template goes up to <|eot_id|>, 128009; no text has the ids of the reserved tokens above it."""
+    """Llama 3.1's template goes up to <|eot_id|>, 128009; no text has the ids of the reserved tokens above it. The
+    small vocabulary of its shape has 450 ids of text, and ten control tokens up to this one."""
     ours, _ = request.getfixturevalue(vocabulary)
     check_vocabulary(ours, size, "folder")
     with pytest.raises(InputError, match=f"folder: its tokenizer gives ids up to {size - 1}; .* {size - 1} in config"):
@@ -344,7 +377,7 @@ def test_a_token_beyond_the_rows_is_a_fault_if_the_template_gives_it(tmp_path):
         check_vocabulary(Tokenizer.from_dir(tmp_path), 3, "folder")
 
 
-@pytest.mark.parametrize("vocabulary", ["chatml", "llama31", "llama2"])
+@pytest.mark.parametrize("vocabulary", ["chatml", "llama3", "llama31", "llama2"])
 def test_decode_encode_is_the_identity(vocabulary, request):
     ours, _ = request.getfixturevalue(vocabulary)
     for messages in CONVERSATIONS:

@@ -147,13 +147,13 @@ def test_losses_and_rewards_equal_trl(ours, theirs):
 
 
 def test_metrics_by_hand():
-    """Two pairs, beta 0.1: r is (1, -3) and (2, 2); a draw is no success. KL estimate: -(1 - 3 + 2 + 2) / 2 = -1."""
+    """Two pairs, beta 0.1: r is (1, -3) and (2, 2); a draw is no success. Drift: -(1 - 3 + 2 + 2) / 2 = -1."""
     reference = torch.tensor([[-10.0, -10.0], [-5.0, -5.0]])
     loss, n, metrics = preference_loss(reference + torch.tensor([[1.0, -3.0], [2.0, 2.0]]), reference,
                                        torch.tensor([[4, 5], [6, 7]]))
     assert n == 2 and loss.item() == pytest.approx(-log_sigmoid(0.4) + math.log(2), rel=1e-6)
     assert {key: round(value.item(), 5) for key, value in metrics.items()} == {
-        "rewards_chosen": 0.3, "rewards_rejected": -0.1, "margin": 0.4, "accuracy": 1.0, "kl": -1.0,
+        "rewards_chosen": 0.3, "rewards_rejected": -0.1, "margin": 0.4, "accuracy": 1.0, "drift": -1.0,
         "logps_chosen": -12.0, "logps_rejected": -16.0, "length_chosen": 10, "length_rejected": 12}
 
 
@@ -227,7 +227,7 @@ def test_answers_and_pairs_do_not_see_each_other():
 def test_a_micro_batch_without_pairs_gives_gradients_of_zero():
     model, batch = tiny_llama(), collate_pairs([])
     loss, n, metrics = preference_loss(pair_logps(model, batch), torch.zeros(0, 2), batch["lengths"])
-    assert loss.item() == 0 and n == 0 and set(map(float, metrics.values())) == {0.0} and "kl" in metrics
+    assert loss.item() == 0 and n == 0 and set(map(float, metrics.values())) == {0.0} and "drift" in metrics
     assert all((grad == 0).all() for grad in gradients(model, loss).values())
 
 
@@ -329,7 +329,8 @@ def trained(base, pairs_file, tmp_path_factory):
 def test_the_script_starts():
     done = subprocess.run([sys.executable, ROOT / "dpo.py", "--help"], capture_output=True, text=True)
     shown = " ".join(done.stdout.split())
-    for part in ("(default 33,000: the paper's summary)", "(default 1e-07: the authors' code)", "0.1: our choice)",
+    for part in ("(default 33,000: the paper's summary)", "(default 1e-07: the authors' code)",
+                 "(default 0.1: our choice,", "of sigmoid_norm 5: arXiv 2411.15124)",
                  "(default 16: 16 a GPU in the authors' code, times 1 here; name it to resume on another number of "
                  "ranks)", "6,144: the authors' later runs)"):
         assert part in shown
@@ -346,7 +347,7 @@ def test_a_run_leaves_what_it_should_and_learns(trained, pairs_file):
     assert steps[-1]["val_accuracy"] == 1.0 and steps[-1]["val_margin"] > 1 and steps[-1]["val_loss"] < 0.3
     for row in steps:
         assert row["margin"] == pytest.approx(row["rewards_chosen"] - row["rewards_rejected"], abs=1e-5)
-        assert row["kl"] == pytest.approx(-5 * (row["rewards_chosen"] + row["rewards_rejected"]), abs=1e-3)
+        assert row["drift"] == pytest.approx(-5 * (row["rewards_chosen"] + row["rewards_rejected"]), abs=1e-3)
         assert {"accuracy", "logps_chosen", "logps_rejected", "length_chosen", "length_rejected"} <= set(row)
     card = (trained / "model/README.md").read_text()
     assert "held-out accuracy" in card and "held-out logps chosen" in card and str(pairs_file) in card
@@ -466,13 +467,20 @@ def test_a_reference_of_another_model_is_noticed_before_the_first_step(base, pai
         dpo.main(arguments(base, pairs_file, tmp_path))
 
 
+@pytest.mark.parametrize("more, beta", [
+    ((), 0.1), (("--loss-type", "sigmoid_norm"), 5.0), (("--loss-type", "ipo"), 0.1),
+    (("--loss-type", "sigmoid_norm", "--beta", "0.1"), 0.1), (("--beta", "5"), 5.0)], ids=str)
+def test_beta_is_the_loss_s_own_unless_it_is_given(more, beta):
+    assert dpo.parse_args(["--data", "pairs.jsonl", *more]).beta == beta
+
+
 @pytest.mark.parametrize("more, loss", [
-    (("--loss-type", "ipo"), 25.0), (("--reference-free",), None),
+    (("--loss-type", "ipo", "--beta", "0.5"), 1.0), (("--reference-free",), None),
     (("--loss-type", "robust", "--label-smoothing", "0.1"), math.log(2))], ids=str)
 def test_the_flags_reach_the_loss(base, pairs_file, tmp_path, more, loss):
     dpo.main(arguments(base, pairs_file, tmp_path, "--dtype", "fp32", "--max-steps", 1, *more))
     (start, step), free = metrics_of(tmp_path), "--reference-free" in more
-    assert ("kl" in step) is not free and (tmp_path / "reference.safetensors").exists() is not free
+    assert ("drift" in step) is not free and (tmp_path / "reference.safetensors").exists() is not free
     if free:  # rewards are 0.1 * log p; the chosen answers are longer, so far less likely
         assert step["rewards_chosen"] == pytest.approx(0.1 * step["logps_chosen"], rel=1e-6) and start["val_loss"] > 1
     else:

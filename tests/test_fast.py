@@ -268,6 +268,30 @@ def test_packed_attention_is_attention_under_a_mask_of_blocks():
     for f, e in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
         torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5)
 
+# ----- gradients of gradients ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation, shapes, dtypes", [
+    (fast.linear, [(5, 8), (4, 8)], (FP32, BF16)),
+    (lambda x, w: fast.rms_norm(x, w, 1e-5), [(5, 8), (8,)], (FP32, FP32)),
+    (fast.gated_linear, [(5, 8), (3, 4)], (FP32, FP32)),
+    (lambda x, angle: fast.rotate(x, angle.cos(), angle.sin()), [(1, 5, 2, 8), (5, 1, 8)], (FP32, FP32)),
+    (lambda q, k: fast.BlockedAttention.apply(q, k, k), [(1, 4, 5, 8), (1, 2, 5, 8)], (FP32, FP32)),
+    (lambda h, w: fast.token_logps(h, w, torch.arange(5)), [(5, 8), (9, 8)], (FP32, FP32))],
+    ids=["linear", "rms_norm", "gated_linear", "rotate", "attention", "token_logps"])
+def test_a_second_derivative_is_refused(operation, shapes, dtypes):
+    inputs = [x.to(dtype).requires_grad_() for x, dtype in zip(random(*shapes), dtypes)]
+    first, = torch.autograd.grad(operation(*inputs).square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.square().sum().backward()
+
+
+def test_a_buffer_takes_no_graph_with_it():
+    weight, before = (tensor.requires_grad_(i == 0) for i, tensor in enumerate(random((7, 4), (7, 4))))
+    out = fast.embed(torch.tensor([1, 5]), weight, before)
+    torch.autograd.grad(out.square().sum(), weight, create_graph=True, allow_unused=True)
+    assert not before.requires_grad
+
 # ----- token_logps ---------------------------------------------------------------------------------------------------
 
 

@@ -200,6 +200,47 @@ def test_a_killed_writer_leaves_the_old_file_and_its_scraps_are_cleared(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_all_of_it_is_flushed_before_the_rename_and_the_rename_after(tmp_path, monkeypatch, kind, replaced):
+    """A power cut loses neither the old nor the new one. Folders are flushed for the names in them."""
+    calls, fsync, replace, exchange = [], os.fsync, os.replace, files.exchange
+    target = tmp_path / "x"
+
+    def write(path):
+        if kind == "file":
+            path.write_text("new")
+            return
+        (path / "inner").mkdir(parents=True)
+        for name in ("a", "inner/b"):
+            (path / name).write_text("new")
+    if replaced:
+        write(target)
+    names = {}
+
+    def named(handle):
+        status = os.fstat(handle)
+        calls.append((names.get(status.st_ino), status.st_size if kind == "file" else None))
+        fsync(handle)
+
+    def renamed(call):
+        def rename(*args):
+            calls.append("rename")
+            call(*args)
+        return rename
+    monkeypatch.setattr(files.os, "fsync", named)
+    monkeypatch.setattr(files.os, "replace", renamed(replace))
+    monkeypatch.setattr(files, "exchange", renamed(exchange))
+    with written_aside(target) as aside:
+        write(aside)
+        names |= {path.stat().st_ino: path.relative_to(aside).as_posix() for path in (aside, *aside.rglob("*"))}
+        names[tmp_path.stat().st_ino] = "the folder above"
+    *before, rename, after = calls
+    assert rename == "rename" and after[0] == "the folder above"
+    assert sorted(name for name, _ in before) == ([".", "a", "inner", "inner/b"] if kind == "folder" else ["."])
+    assert kind == "folder" or before == [(".", 3)]  # with all that was written
+
+
 # a file of answers, a row for each question
 ANSWERS = [{"question": question, "answer": answer} for question, answer in (
     ("Why?", "Because."), ("What is 39 °C?", "Fever,\nin 肺炎 too."), ("", "\u2028"), ("Is it over?", "Yes."))]

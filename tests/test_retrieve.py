@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 
+import faiss
 import numpy as np
 import pytest
 from conftest import ROOT, random_texts, tiny_encoder, write_json
@@ -65,6 +66,11 @@ def test_other_factories_are_deterministic_and_wrong_ones_refused(tiny, records)
         with pytest.raises(InputError, match="--factory") as error:
             Index.build(tiny, records, factory=factory)
         assert "\n" not in str(error.value)
+
+
+def test_a_search_looks_into_as_many_cells_as_the_root_of_all(tiny, records):
+    index = Index.build(tiny, records, factory="IVF4,Flat")
+    assert faiss.extract_index_ivf(index.faiss).nprobe == 2
 
 
 def test_an_index_comes_back_as_it_was_saved(tiny, records, saved, tmp_path):

@@ -2,6 +2,7 @@
 import gzip
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import model as M
 import sft
+import train
 from chat import render_chat
 from checkpoints import checkpoints_of
 from data import collate
@@ -48,7 +50,7 @@ def test_loss_by_hand():
 
 
 def test_loss_without_all_logits_is_the_naive_loss():
-    """About 1,750 of 2,500 positions are trained: two chunks, each checkpointed. Loss and gradients."""
+    """About 1,750 of 2,500 positions are trained, all 300 words in one block. Loss and gradients."""
     model, batch = tiny_llama(), collate(random_examples([250] * 10))
     naive, n = sft_loss(model(batch["ids"]), batch["labels"])
     loss, own_n, _ = loss_fn(model, batch)
@@ -152,6 +154,40 @@ def test_a_run_leaves_what_it_should_and_learns(trained, rows_file):
     assert [path.name for path in checkpoints_of(trained / "checkpoints")] == ["step-000010", "step-000008"]
     card = (trained / "model/README.md").read_text()
     assert "Not medical advice" in card and str(rows_file) in card and "Llama" not in card.split("##")[0]
+
+
+def test_the_flags_reach_the_optimizer_and_the_schedule(base, rows_file, tmp_path, monkeypatch):
+    """Learning rates by hand: 5 steps, of which 2 rise, then a cosine over 3: 1, 3/4, 1/4 of the highest."""
+    seen, take_step = [], train.take_step
+
+    def noted(training, stream, loss_fn, lr, clip, signals):
+        seen.append((lr, clip, *(group["weight_decay"] for group in training.optimizer.param_groups)))
+        return take_step(training, stream, loss_fn, lr, clip, signals)
+    monkeypatch.setattr(train, "take_step", noted)
+    monkeypatch.setattr(sft, "finish", lambda *args: None)
+    sft.main(arguments(base, rows_file, tmp_path, "--lr", 0.02, "--warmup", 0.4, "--clip", 0.25, "--weight-decay", 0.3,
+                       "--val-rows", 0))
+    rates = pytest.approx([0.01, 0.02, 0.02, 0.015, 0.005])
+    assert [lr for lr, *_ in seen] == rates and {tuple(rest) for _, *rest in seen} == {(0.25, 0.3, 0.0)}
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == rates
+
+
+def test_rows_held_out_are_not_trained(base, rows_file, tmp_path, monkeypatch):
+    """The numbers in the questions of both kinds of micro-batches, as they come to `fit`."""
+    found, tokenizer = {}, Tokenizer.from_dir(base)
+
+    def numbers_in(micro_batches):
+        texts = (tokenizer.decode(batch["ids"].flatten().tolist()) for batch in micro_batches)
+        return [int(number) for text in texts for number in re.findall(r"What is (\d+) times two", text)]
+
+    def fit(training, batches, loss_fn, *, held, steps, **settings):
+        found["held"] = numbers_in(held)
+        found["trained"] = [number for _, (_, own) in zip(range(steps), batches(0)) for number in numbers_in(own)]
+    monkeypatch.setattr(sft, "fit", fit)
+    monkeypatch.setattr(sft, "finish", lambda *args: None)
+    sft.main(arguments(base, rows_file, tmp_path, "--epochs", 1))
+    assert len(found["held"]) == 6 and sorted(found["held"] + found["trained"]) == list(range(40))
 
 
 def test_the_export_loads_in_transformers_with_the_same_logits(trained, smollm2):

@@ -1,4 +1,5 @@
 """train.py: the same gradients however the work is divided, and runs that survive being killed."""
+import hashlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from conftest import RUN_CONFIG
 from ranks import BATCH, ROWS, batches_for, begin, equal, examples, losses_in, run_ranks, state_of, whole_tensors
 from safetensors.torch import load_file
 
+import parallel
 import train
 from checkpoints import checkpoint_to_resume, checkpoints_of, fault_of
 from data import collate
@@ -97,6 +99,55 @@ def test_only_matrices_decay(tiny_folder):
         name: 0.0 if "norm" in name else 0.3 for name in training.masters}
 
 
+def plain_adamw(weights, targets, count, *, lr, warmup, clip, weight_decay):
+    """AdamW (arXiv 1711.05101) written out in double precision: one step on each of `targets` [{name: tensor}, …].
+
+    The loss of a step is sum((w - target)^2 / 2) / count, so its gradient (w - target) / count. Yields (learning rate,
+    norm of the gradient before it is clipped, weights {name: tensor}).
+    """
+    rise = math.ceil(warmup * len(targets))
+    w = {name: weight.double() for name, weight in weights.items()}
+    m, v = ({name: torch.zeros_like(one) for name, one in w.items()} for _ in range(2))
+    for t, target in enumerate(targets, 1):
+        rate = lr * t / rise if t <= rise else lr / 2 * (1 + math.cos(math.pi * (t - 1 - rise) / (len(targets) - rise)))
+        grads = {name: (w[name] - target[name]) / count for name in w}
+        norm = math.sqrt(sum((grad ** 2).sum().item() for grad in grads.values()))
+        for name, grad in grads.items():
+            grad = grad * min(1, clip / norm)
+            m[name] = 0.9 * m[name] + 0.1 * grad
+            v[name] = 0.999 * v[name] + 0.001 * grad ** 2
+            w[name] = w[name] * (1 - rate * (0 if "norm" in name else weight_decay))
+            w[name] = w[name] - rate * m[name] / (1 - 0.9 ** t) / ((v[name] / (1 - 0.999 ** t)).sqrt() + 1e-8)
+        yield rate, norm, dict(w)
+
+
+def test_a_run_is_plain_adamw_with_clip_warm_up_and_cosine(tiny_folder, tmp_path):
+    """Ten steps, some of them clipped, in fp32: learning rates, gradient norms and weights of each."""
+    training = train.load_training(tiny_folder, World(0, 1, torch.device("cpu")), dtype=torch.float32, weight_decay=0.3)
+    generator, count, settings = torch.Generator().manual_seed(0), 7, {"lr": 1e-2, "warmup": 0.25, "clip": 0.9}
+    start = {name: weight.detach().clone() for name, weight in training.model.named_parameters()}
+    targets = [{name: weight + 0.03 * (1 + t % 4) * torch.randn(weight.shape, generator=generator)
+                for name, weight in start.items()} for t in range(10)]
+    seen = []
+
+    def squares(model, batch):
+        weights = dict(model.named_parameters())
+        seen.append({name: weight.detach().clone() for name, weight in weights.items()})
+        return sum(((weights[name] - target) ** 2).sum() / 2 for name, target in batch["target"].items()), count, {}
+
+    def batches(consumed):
+        yield from (([0], [{"target": target, "tokens": 1}]) for target in targets)
+    train.fit(training, batches, squares, steps=10, out=tmp_path, **settings)
+    expected = list(plain_adamw(start, targets, count, weight_decay=0.3, **settings))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == pytest.approx([rate for rate, *_ in expected], rel=1e-12)
+    norms = [norm for _, norm, _ in expected]
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-5) and min(norms) < 0.9 < max(norms)
+    for found, (_, _, weights) in zip([*seen[1:], training.masters], expected, strict=True):
+        for name, weight in weights.items():
+            assert (found[name] - weight).abs().max() < 1e-6, name
+
+
 def one_row_gradients(folder):
     """Gradients of a step of a single row, which leaves all ranks but one with an empty micro-batch."""
     world, training = begin(folder)
@@ -113,6 +164,7 @@ def test_a_rank_without_rows_takes_part(tmp_path):
     save_model(Llama(replace(RUN_CONFIG, tie_word_embeddings=False)).init_weights(1), tmp_path / "untied")
     one, two = (run_ranks(world, one_row_gradients, tmp_path / "untied")[0] for world in (1, 2))
     assert all(np.abs(one[name] - two[name]).max() <= 1e-6 * max(1, np.abs(one[name]).max()) for name in one)
+
 
 def masters_of(folder):
     world, training = begin(folder)
@@ -146,6 +198,51 @@ def test_busy_cores_are_left_before_each_step_and_taken_again_at_the_end(tiny_fo
     monkeypatch.setattr(train, "Threads", Watched)
     train.fit(training, batches_for(world, budget=10_000), loss, steps=2, lr=1e-3)
     assert order == ["threads", "loss", "threads", "loss", "closed"]
+
+
+# ----- bf16 weights --------------------------------------------------------------------------------------------------
+
+
+def test_the_weights_of_a_step_are_its_masters_stochastically_rounded(tiny_folder):
+    """Each weight is a neighbour of its master, the upper one as often as the master lies towards it, so a quarter are
+    not the nearest; another step draws other noise."""
+    training = train.load_training(tiny_folder, World(0, 1, torch.device("cpu")))
+
+    def compared():
+        weights = torch.cat([weight.detach().flatten() for weight in training.model.parameters()]).double()
+        masters = torch.cat([master.flatten() for master in training.masters.values()])
+        below = (masters.view(torch.int32) & -65536).view(torch.float32).double()  # towards zero
+        above = ((masters.view(torch.int32) & -65536) + 65536).view(torch.float32).double()
+        between = masters != below
+        assert ((weights == below) | (weights == above)).all() and torch.equal(weights[~between], below[~between])
+        up = (weights == above)[between].double()
+        p = ((masters - below) / (above - below))[between]
+        assert abs((up - p).sum()) < 4 * (p * (1 - p)).sum().sqrt()  # four standard errors
+        assert 0.2 < (weights != masters.bfloat16()).double().mean() < 0.3
+        return weights == above
+    first = compared()
+    for master in training.masters.values():
+        master.add_(1e-6)
+    training.updates += 1
+    train.refresh_weights(training)
+    assert (compared() != first).double().mean() > 0.2
+
+
+def replica_hashes(folder):
+    """(the shard of this rank, hashes of its weights and of its masters after two steps in bf16)."""
+    world, training = begin(folder, "bf16", replicate=2)
+    train.fit(training, batches_for(world), loss_fn, steps=2, lr=1e-2)
+    weights = [parallel.local(weight).detach().view(torch.int16) for weight in training.model.parameters()]
+    stop(world)
+    return world.shard, *(hashlib.sha256(b"".join(x.numpy().tobytes() for x in state)).hexdigest()
+                          for state in (weights, training.masters.values()))
+
+
+def test_replicas_stay_equal_to_the_bit(tiny_folder):
+    """Two copies of two shards: those of one shard round alike, so that the copies do not drift apart."""
+    first, second, *copies = run_ranks(4, replica_hashes, tiny_folder)
+    assert copies == [first, second] and first[0] == 0 and second[0] == 1 and not set(first[1:]) & set(second[1:])
+
 
 # ----- resuming ------------------------------------------------------------------------------------------------------
 

@@ -308,12 +308,33 @@ def test_busy_cores_are_left_before_the_steps_and_before_the_answer(toy, monkeyp
     assert order[:5] == ["neighbours", "threads", "report", "threads", "text"]
 
 
-def test_a_question_is_embedded_with_the_instruction_the_index_was_built_with(toy, tmp_path):
-    index = retrieve.Index.load(toy / "index")
+def test_the_steps_are_taken_nearest_first_and_as_the_flags_say(toy, monkeypatch):
+    """Three neighbours by their vectors, brute force, and the order in which their traces come to `adapted`."""
+    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
+    flags = ["--question", "What is asthma?", "--model", str(toy / "model"), "--index", str(toy / "index"), "--k", "3",
+             "--max-new-tokens", "1", "--lr", "0.002", "--steps", "2", "--optimizer", "sgd", "--seed", "5"]
+    answerer, seen, adapted = ttt.Answerer(ttt.settings_of(ttt.parse_args(flags))), [], ttt.adapted
+
+    def noted(model, examples, **settings):
+        seen.append((examples, settings))
+        return adapted(model, examples, **settings)
+    monkeypatch.setattr(ttt, "adapted", noted)
+    answerer.answer("What is asthma?")
+    scores = answerer.index.vectors @ answerer.encoder.encode(["What is asthma?"])[0]
+    nearest = [answerer.example(i, []) for i in np.argsort(-scores)[:3]]
+    assert seen == [(nearest, {"steps": 2, "lr": 0.002, "optimizer": "sgd", "seed": 5})]
+
+
+def test_a_question_is_embedded_with_the_instruction_the_index_was_built_with(toy, tmp_path, monkeypatch):
+    index, found = retrieve.Index.load(toy / "index"), []
     index.manifest["encoder"]["query_instruction"] = "drug: "
     index.save(tmp_path / "index")
-    encoder = ttt.Answerer(settings(toy, index=tmp_path / "index")).encoder
-    assert (encoder.encode(["asthma"], is_query=True) == encoder.encode(["drug: asthma"])).all()
+    answerer = ttt.Answerer(settings(toy, index=tmp_path / "index", max_new_tokens=1, k=1))
+    monkeypatch.setattr(answerer.index, "search", lambda vectors, k: found.append(vectors) or (
+        np.array([[-9e37]]), np.array([[-1]])))
+    answerer.answer("asthma")
+    assert (found == answerer.encoder.encode(["drug: asthma"])).all()
+    assert not np.allclose(found, answerer.encoder.encode(["asthma"]), atol=1e-3)
 
 
 def test_ids_that_faiss_did_not_find_are_no_neighbours(toy, monkeypatch):

@@ -1,0 +1,206 @@
+"""Breaks the code a line at a time: the named test must fail, else it could not have told the difference.
+
+    for each (file, old line, new line, test):   the one line of that text is replaced in a copy of the tree; the test
+                                                 is run there; the line is put back
+
+First all named tests must pass in the copy as it is. Exit status 1 when a mutant survives, when an old line is not
+found exactly once, or when a test cannot be run.
+
+    python tests/mutants.py               all, one after another (minutes)
+    python tests/mutants.py rounding      those whose file, lines or test contain a text
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_COPIED = (".*", "models", "runs", "index", "__pycache__", "*.egg-info", "results")
+SURVIVED, KILLED = 0, 1  # pytest's exit statuses: all passed, some failed
+
+SEED = "generator = torch.Generator(world.device).manual_seed(random_number(training.seed, training.updates, {}))"
+SCHEDULE = 'return {{"steps": run.plan["steps"], "lr": args.lr, "warmup": {}, "clip": {}, "out": run.out,'
+ADAPTED = 'with adapted(self.model, {}, steps=s["steps"], lr={}, optimizer=s["optimizer"],'
+ADAMW = "test_train.py::test_a_run_is_plain_adamw_with_clip_warm_up_and_cosine"
+FLAGS = "test_sft.py::test_the_flags_reach_the_optimizer_and_the_schedule"
+FLUSHED = "test_files.py::test_all_of_it_is_flushed_before_the_rename_and_the_rename_after"
+TTT_FLAGS = "test_ttt.py::test_the_steps_are_taken_nearest_first_and_as_the_flags_say"
+LOGITS = "test_model.py::test_logits_equal_transformers_on_tiny_models"
+
+# {file: [(old line, new line, the test that must fail), …]}, without the spaces in front
+MUTANTS = {
+    "train.py": [
+        ("round_(rounded, exact)", "rounded.copy_(exact)",
+         "test_train.py::test_the_weights_of_a_step_are_its_masters_stochastically_rounded"),
+        (SEED.format("world.shard"), SEED.format("world.rank"),
+         "test_train.py::test_replicas_stay_equal_to_the_bit"),
+        (SEED.format("world.shard"), SEED.replace("training.updates", "0").format("world.shard"),
+         "test_train.py::test_the_weights_of_a_step_are_its_masters_stochastically_rounded"),
+        ("], fused=True)", "], betas=(0.8, 0.999), fused=True)", ADAMW),
+        ("], fused=True)", "], betas=(0.9, 0.99), fused=True)", ADAMW),
+        ("rate = learning_rate(training.step, steps, lr, warmup)", "rate = lr", ADAMW),
+        ("scale = world.size / count * min(1.0, clip / (norm + 1e-6) if clip else 1.0)", "scale = world.size / count",
+         ADAMW),
+        ('{"params": [m for m in masters.values() if m.dim() > 1], "weight_decay": weight_decay},',
+         '{"params": [m for m in masters.values() if m.dim() > 1], "weight_decay": 0.01},', ADAMW),
+        ('{"params": [m for m in masters.values() if m.dim() == 1], "weight_decay": 0.0},  # norms',
+         '{"params": [m for m in masters.values() if m.dim() == 1], "weight_decay": weight_decay},',
+         "test_train.py::test_only_matrices_decay"),
+        ("total.add_(local(parameter.grad))", "total.copy_(local(parameter.grad))",
+         "test_train.py::test_micro_batch_gradients_are_added_in_fp32"),
+        ("norm = math.sqrt(squares / (world.size / world.shards)) * world.size / count",
+         "norm = math.sqrt(squares) * world.size / count",
+         "test_train.py::test_gradients_do_not_depend_on_how_the_rows_are_divided"),
+        ('state["step"].fill_(training.updates)', "pass",
+         "test_train.py::test_killed_after_any_step_and_resumed_bit_for_bit[1-1]")],
+    "run.py": [
+        (SCHEDULE.format("args.warmup", "args.clip"), SCHEDULE.format("0.1", "args.clip"), FLAGS),
+        (SCHEDULE.format("args.warmup", "args.clip"), SCHEDULE.format("args.warmup", "1.0"), FLAGS),
+        ("return load_training(args.model, world, dtype=DTYPES[args.dtype], weight_decay=args.weight_decay,",
+         "return load_training(args.model, world, dtype=DTYPES[args.dtype], weight_decay=0.01,", FLAGS),
+        ("held, examples = examples[:held_out], examples[held_out:held_out + args.rows]",
+         "held, examples = examples[:held_out], examples[:len(examples) - held_out][:args.rows]",
+         "test_sft.py::test_rows_held_out_are_not_trained"),
+        ("(16 if w == 4 else 18) * parameters / world.shards,", "(12 if w == 4 else 14) * parameters / world.shards,",
+         "test_run.py::test_the_state_that_is_expected_is_that_of_the_tensors"),
+        ('n, p = (2, KEPT_KEYS // 2) if world.device.type == "cpu" else (4, 0)',
+         'n, p = (2, KEPT_KEYS // 2) if world.device.type == "cpu" else (3, 0)',
+         "test_run.py::test_the_table_of_what_a_gpu_needs")],
+    "dpo.py": [
+        ('"beta", "label_smoothing", "loss_type", "reference_free", "alpha")}',
+         '"beta", "label_smoothing", "loss_type", "reference_free", "alpha")} | {"beta": 0.1}',
+         "test_dpo.py::test_the_flags_reach_the_loss"),
+        ('args.beta = BETA_OF_MEANS if args.loss_type == "sigmoid_norm" else BETA', "args.beta = BETA",
+         "test_dpo.py::test_beta_is_the_loss_s_own_unless_it_is_given"),
+        ("h = r_w / chosen_lengths - r_l / rejected_lengths if loss_type in PER_TOKEN else r_w - r_l", "h = r_w - r_l",
+         "test_dpo.py::test_losses_by_hand"),
+        ("margin = chosen / lengths[:, 0] - rejected / lengths[:, 1] if loss_type in PER_TOKEN else chosen - rejected",
+         "margin = chosen - rejected", "test_dpo.py::test_margin_and_accuracy_are_what_the_loss_compares"),
+        ("queries, *seen = (torch.cat([x[:, :, :prefix], y], 2) for x, y in zip(qkv, answer))",
+         "queries, *seen = (torch.cat([x[:, :, :prefix + first], y], 2) for x, y in zip(qkv, answer))",
+         "test_dpo.py::test_one_pass_is_two_rows_is_the_textbook"),
+        ("if not off <= ROUNDING[run.args.dtype]:", "if off > 1e9:",
+         "test_dpo.py::test_a_reference_of_another_model_is_noticed_before_the_first_step")],
+    "ttt.py": [
+        (ADAPTED.format("examples", 's["lr"]'), ADAPTED.format("examples[::-1]", 's["lr"]'), TTT_FLAGS),
+        (ADAPTED.format("examples", 's["lr"]'), ADAPTED.format("examples", "1e-5"), TTT_FLAGS),
+        ('"encoder": args.encoder, "k": args.k, "steps": args.steps, "lr": args.lr, "optimizer": args.optimizer,',
+         '"encoder": args.encoder, "k": args.k, "steps": args.steps, "lr": 1e-5, "optimizer": args.optimizer,',
+         TTT_FLAGS),
+        ('scores, found = self.index.search(self.encoder.encode([question], is_query=True), s["k"])',
+         'scores, found = self.index.search(self.encoder.encode([question]), s["k"])',
+         "test_ttt.py::test_a_question_is_embedded_with_the_instruction_the_index_was_built_with"),
+        ("all_finite &= update(weight, grad)", "update(weight, grad)",
+         "test_ttt.py::test_a_number_that_is_not_finite_gives_the_models_own_answer_and_the_reason"),
+        ("buffer.zero_()", "pass", "test_ttt.py::test_fp32_steps_equal_torch_optimizers"),
+        ("m.lerp_(g, 1 - betas[0])", "m.lerp_(g, betas[0])",
+         "test_ttt.py::test_the_second_step_of_adam_worked_out_by_hand")],
+    "retrieve.py": [
+        ("scores, ids = index.search(encoder.encode([args.query], is_query=True), args.k)",
+         "scores, ids = index.search(encoder.encode([args.query]), args.k)",
+         "test_retrieve.py::test_searches_use_the_instruction_the_index_was_built_with"),
+        ("kept.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), record)",
+         "kept[hashlib.blake2b(text.encode(), digest_size=16).digest()] = record",
+         "test_retrieve.py::test_of_records_with_one_question_and_conversation_the_first_is_kept"),
+        ("if not np.all(np.abs(squares - 1) < 1e-3 if cosine else np.isfinite(squares)):  # NaN fails either",
+         "if not np.all(np.isfinite(squares)):",
+         "test_retrieve.py::test_wrong_contents_under_right_hashes_are_noticed"),
+        ("inverted.nprobe = max(1, round(inverted.nlist ** 0.5))  # FAISS looks into one cell only, which misses many",
+         "pass", "test_retrieve.py::test_a_search_looks_into_as_many_cells_as_the_root_of_all")],
+    "files.py": [
+        ("os.fsync(handle)", "pass", FLUSHED), ("flush(aside)", "pass", FLUSHED),
+        ("flush(path.parent, recursive=False)", "pass", FLUSHED),
+        ("os.fsync(file.fileno())", "pass", "test_files.py::test_a_row_is_on_disk_when_append_returns")],
+    "fast.py": [
+        ("from torch.autograd.function import once_differentiable", "once_differentiable = lambda backward: backward",
+         "test_fast.py::test_a_second_derivative_is_refused"),
+        ("scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()",
+         "scale = scale.square_().div_(x.shape[-1]).rsqrt_()",
+         "test_fast.py::test_rms_norm_is_x_over_its_root_mean_square"),
+        ("grad_x = (g * w).addcmul_(n, mean, value=-1).mul_(scale)", "grad_x = (g * w).mul_(scale)",
+         "test_fast.py::test_rms_norm_is_x_over_its_root_mean_square"),
+        ("grad_v[:, :seen] += p.mT @ grad[:, rows]", "grad_v[:, :seen] = p.mT @ grad[:, rows]",
+         "test_fast.py::test_attention_is_masked_attention"),
+        ("normalizer = torch.logaddexp(normalizer, top + sums.log())", "normalizer = top + sums.log()",
+         "test_fast.py::test_token_logps_are_logits_less_their_logsumexp"),
+        ("ctx.grad_buffer[rows] += sums", "ctx.grad_buffer[rows] = sums",
+         "test_fast.py::test_the_embedding_s_gradient_is_added_to_the_buffer")],
+    "rounding.py": [
+        ("factor = draw_int32(1, generator, device) | 1", "factor = 1",
+         "test_rounding.py::test_targets_that_share_a_rounder_are_rounded_independently_and_without_bias"),
+        ("noise = (x[:len(exact)] * factor).bitwise_right_shift_(16).bitwise_and_(0xFFFF)",
+         "noise = (x[:len(exact)] * factor).bitwise_right_shift_(16).bitwise_and_(0x7FFF)",
+         "test_rounding.py::test_rounding_of_one_number_worked_out_by_hand")],
+    "model.py": [
+        ("frequency = 1.0 / config.rope_theta ** exponent", "frequency = 1.0 / 10000.0 ** exponent", LOGITS),
+        ("frequency = smooth * frequency + (1 - smooth) * frequency / s.factor",
+         "frequency = (1 - smooth) * frequency + smooth * frequency / s.factor", LOGITS),
+        ("start = cache.length if cache else 0", "start = 0",
+         "test_model.py::test_a_prompt_fed_in_pieces_through_the_cache_gives_the_same_logits")],
+    "snapshot.py": [
+        ("if name not in self.copies:", "if True:",
+         "test_snapshot.py::test_a_weight_is_copied_once_and_before_it_changes"),
+        ("torch.set_rng_state(self.rng)", "pass", "test_snapshot.py::test_everything_is_put_back"),
+        ("if digest(self.model) != self.digest:", "if False:",
+         "test_snapshot.py::test_a_weight_that_changed_without_a_copy_is_noticed"),
+        ('names.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")', "names.append(name)",
+         "test_snapshot.py::test_the_digest_sees_every_bit_of_every_tensor_and_what_they_are_called")],
+}
+
+
+def replaced(text, old, new):
+    """`text` with its one line `old` replaced, or None where there is none or more than one."""
+    lines = text.split("\n")
+    found = [i for i, line in enumerate(lines) if line.strip() == old]
+    if len(found) != 1:
+        return None
+    lines[found[0]] = lines[found[0]].replace(old, new)
+    return "\n".join(lines)
+
+
+def run_tests(tree, tests):
+    """pytest's exit status for `tests` in the copy, 1 where they hang, and the last line of its output."""
+    # no bytecode: a line put back within a second, of the same length, would not be seen to have changed
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
+    try:
+        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-rs", "-p", "no:cacheprovider",
+                               *(f"tests/{test}" for test in tests)],
+                              cwd=tree, env=environment, capture_output=True, text=True, timeout=600)
+    except subprocess.TimeoutExpired:
+        return KILLED, "took more than 10 minutes"
+    return done.returncode, (done.stdout + done.stderr).strip().rpartition("\n")[2]
+
+
+def main(wanted=""):
+    mutants = [(file, *mutant) for file, own in MUTANTS.items() for mutant in own
+               if wanted in " ".join((file, *mutant))]
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        (tree / "models").symlink_to(ROOT / "models")
+        status, last = run_tests(tree, dict.fromkeys(test for *_, test in mutants))
+        if status != 0 or "SKIPPED" in last:
+            sys.exit(f"the tests do not all pass in the code as it is: {last}")
+        for file, old, new, test in mutants:
+            began, text = time.perf_counter(), (tree / file).read_text()
+            broken, last = replaced(text, old, new), ""
+            if broken is None:
+                outcome = "not found exactly once"
+            else:
+                (tree / file).write_text(broken)
+                status, last = run_tests(tree, [test])
+                (tree / file).write_text(text)
+                outcome = {KILLED: "killed", SURVIVED: "SURVIVED"}.get(status, f"not run: {last}")
+            outcomes.append(outcome)
+            seconds = time.perf_counter() - began
+            print(f"{outcome:9} {seconds:5.1f} s  {file}: {old} → {new}\n{'':19}by {test}", flush=True)
+    print(f"{outcomes.count('killed')} of {len(mutants)} mutants killed")
+    return int(outcomes.count("killed") < len(mutants))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
