@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from chat import render_chat
@@ -48,7 +47,7 @@ from run import (
     shown,
 )
 from train import fit, on_device
-from weights import checkpoint_files, open_safetensors
+from weights import checkpoint_files, open_safetensors, write_safetensors
 
 LOSSES = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm")
 PER_TOKEN = ("ipo", "sigmoid_norm")  # these compare means over the tokens of an answer
@@ -224,9 +223,8 @@ def reference_logps(run, training, pairs):
                                      f"{logps[row].tolist()}; expected finite numbers")
             if world.rank == 0:
                 with written_aside(path) as aside:
-                    save_file({"logps": logps}, aside, metadata={
+                    write_safetensors({"logps": logps}, aside, {
                         "facts": json.dumps(facts), "sha256": hashlib.sha256(logps.numpy().tobytes()).hexdigest()})
-                    aside.chmod(0o644)  # safetensors makes a file that only its owner may read
             return_freed_memory(world.device)
             bar.update(len(rows))
     if world.mesh:  # the root stays gathered after a forward pass without a backward pass

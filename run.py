@@ -339,9 +339,9 @@ def export_model(training, directory, *, source, dtype, card):
 
     def add_files(folder):
         say_what_was_trained(folder, source)
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         if is_llama3(model.config):
-            (folder / "NOTICE").write_text(LLAMA_NOTICE)
+            (folder / "NOTICE").write_text(LLAMA_NOTICE, encoding="utf-8")
     if world.rank == 0:
         write_checkpoint(directory, model.config, gathered, source=source, dtype=dtype, seed=training.seed,
                          add_files=add_files)
@@ -367,7 +367,7 @@ def say_what_was_trained(folder, source):
         path = folder / name
         given = read_json(path) if path.is_file() else {}
         if given or name != "special_tokens_map.json":
-            path.write_text(json.dumps(given | values, indent=2))
+            path.write_text(json.dumps(given | values, indent=2), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     settle(folder, tokenizer.template)
 

@@ -194,7 +194,7 @@ def test_an_index_of_before_prompts_were_read_loads_where_they_say_nothing(saved
             settings.unlink()
 
 
-@pytest.mark.parametrize("at", ["save_file", "sha256"])
+@pytest.mark.parametrize("at", ["write_safetensors", "sha256"])
 def test_a_save_that_fails_leaves_the_old_index(tiny, records, saved, monkeypatch, at):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
 
