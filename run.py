@@ -28,7 +28,7 @@ from data import show_example
 from fast import KEPT_KEYS, KEPT_LOGITS, block_of_logits, has_fast_bf16, reuse_freed_memory
 from files import DISCLAIMER, InputError, number, read_json, read_jsonl, resident, sha256, whole, write_json
 from model import LlamaConfig, open_checkpoint
-from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded_like, start
+from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded_like, shared_rows, start
 from rows import draw_rows
 from tokenizer import Tokenizer, notice_of
 from train import epochs_of, load_checkpoint, load_training, micro_batches_of
@@ -148,7 +148,7 @@ def read_examples(run, parse, render, kind=None):
     """(training examples, held-out examples): rows drawn from --data, read by `parse` and rendered by `render`.
 
     parse(record) -> the content of a row; render(tokenizer, [(where, content)], max_length, on_bad_row=…) ->
-    ([(where, …)], {outcome: rows, "faults": …}). Each rank renders its share of the rows, and all get all. `run.plan`
+    ([(where, …)], {outcome: rows, "faults": …}). Each rank renders its share of the rows, and all map all. `run.plan`
     counts what became of the rows, and has the number of optimizer steps.
     """
     args, world = run.args, run.world
@@ -161,18 +161,21 @@ def read_examples(run, parse, render, kind=None):
         outcome = render(run.tokenizer, share, args.max_length, on_bad_row=args.on_bad_row)
     except InputError as error:
         outcome = error
-    outcomes, unread = zip(*from_all(world, (outcome, run.tokenizer.read_as_text)))
-    for outcome in outcomes:
-        if isinstance(outcome, InputError):
-            raise outcome
-    examples = [example for rendered, _ in outcomes for example in rendered]
-    place = {where: i for i, (where, _) in enumerate(rows)}
-    examples.sort(key=lambda example: place[example[0]])
+    places = [where for where, _ in rows]
+    del rows, share  # the texts, before the arrays of the other ranks come
+    rendered, report = ([], outcome) if isinstance(outcome, InputError) else outcome
+    reports, unread = zip(*from_all(world, (report, run.tokenizer.read_as_text)))
+    for report in reports:
+        if isinstance(report, InputError):
+            raise report
+    number_of = {where: i for i, where in enumerate(places)}
+    examples = shared_rows(world, [(number_of[where], *arrays) for where, *arrays in rendered])
+    examples = [(places[i], *arrays) for i, *arrays in sorted(examples, key=lambda row: row[0])]
     if args.val_rows is None:
         held_out = min(200, len(examples) // 20)
     held, examples = examples[:held_out], examples[held_out:held_out + args.rows]
     faults, counts = drawn.pop("faults"), Counter()
-    for _, report in outcomes:
+    for report in reports:
         faults += report.pop("faults")
         counts.update(report)
     counts["bad"] += drawn.get("bad", 0)
@@ -247,6 +250,9 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
     if world.size > 1:
         root = parameters - layers * layer
         memory["gathered: embedding and head, two layers, and the gradients of as much"] = 2 * w * (root + 2 * layer)
+    if world.size > world.shards:
+        memory[f"replicas: 4 × {parameters:,} parameters / {world.shards} shards, to add up their gradients"] = \
+            4 * parameters / world.shards
     return memory
 
 

@@ -326,6 +326,14 @@ def test_memory_of_eight_billion_parameters_over_eight_gpus():
     assert activations == pytest.approx(8192 * 2 * (32 * 4096 + 4 * 4096 + 2 * 14336 + 4 * 5120), rel=1e-6)
 
 
+def test_replicas_need_a_buffer_of_four_bytes_a_sharded_parameter():
+    """FSDP2 adds the gradients of two replicas up in fp32: 8.03e9 / 8 of them on each of 16 GPUs."""
+    cut, replicated = (sum(run.expected_memory(
+        M.LlamaConfig(), World(0, ranks, torch.device("cuda"), shards=8), dtype=torch.bfloat16, tokens=8192,
+        activation_checkpointing=True).values()) for ranks in (8, 16))
+    assert replicated - cut == 4 * 8_030_261_248 / 8
+
+
 def test_the_table_of_what_a_gpu_needs():
     lines = (ROOT / "bench/README.md").read_text().splitlines()
     rows = [line.split("|")[2:4] for line in lines if line.count("|") == 4]
