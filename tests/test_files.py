@@ -224,7 +224,7 @@ def test_a_lock_that_was_taken_for_a_scrap_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "locked", late)
     with written_aside(tmp_path / "x") as aside:
         aside.write_text("whole")
-        files.clear_scraps(tmp_path)
+        assert [path.name for path in tmp_path.glob(".x.*.lock")] == [f"{aside.name}.lock"]
     assert calls and [path.name for path in tmp_path.iterdir()] == ["x"]
 
 

@@ -98,7 +98,8 @@ def shared(n, full_disk):
     world = parallel.start("cpu")
     parallel.ROWS_AT_A_TIME = 4
     if full_disk and world.rank == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        n_bytes = 4 * sum(len(x) + len(y) for _, x, y in rows_of(0, world.size, n)) - 4  # all but the last number
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
     rows = rows_of(world.rank, world.size, n)
     try:
         found = parallel.shared_rows(world, rows)
@@ -118,9 +119,7 @@ def shared(n, full_disk):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_rows_are_mapped_from_one_file_that_has_no_name(size, tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
+def test_rows_are_mapped_from_one_file_that_has_no_name(size, tmp_path):
     outcomes = run_ranks(size, in_folder, tmp_path, shared, 21, False)
     for equal, unmoved, _, left in outcomes:
         assert equal and left == [] and unmoved in (([], [2, 3]), ([], [6, 7, 8, 9, 10, 11]))

@@ -15,7 +15,7 @@ from ranks import BATCH, ROWS, batches_for, begin, equal, examples, losses_in, r
 from safetensors.torch import load_file
 
 import train
-from checkpoints import checkpoint_to_resume, checkpoints_of, fault_of
+from checkpoints import checkpoint_to_resume, checkpoints_of, fault_of, look
 from data import collate
 from model import Llama, save_model
 from parallel import World, stop
@@ -177,6 +177,14 @@ def test_another_number_of_ranks_resumes(tiny_folder, tmp_path, before, after):
     assert sorted(chain(*seen[:4])) == sorted(chain(*seen[4:])) == list(range(ROWS))
     for (_, loss, norm), (_, own, own_norm) in zip(losses_in(tmp_path / "whole"), losses_in(tmp_path / "cut")):
         assert own == pytest.approx(loss, rel=1e-5) and own_norm == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_checkpoint_that_a_run_goes_on_from_counts_as_verified(tiny_folder, tmp_path):
+    run_ranks(1, run, tiny_folder, tmp_path, 1)
+    _, training = begin(tiny_folder, "bf16")
+    found = checkpoint_to_resume(training.world, tmp_path / "checkpoints", {})
+    train.load_checkpoint(training, *found)
+    assert training.verified == {tmp_path / "checkpoints/step-000001": look(tmp_path / "checkpoints/step-000001")}
 
 
 def test_metrics_of_undone_steps_and_half_lines_are_dropped(tmp_path):
