@@ -127,7 +127,7 @@ def test_what_a_platform_lacks_is_imported_where_it_is_used(room):
 def test_text_is_utf_8_wherever_the_program_runs(room):
     for node in ast.walk(tree_of(ROOT / f"{room}.py")):
         if isinstance(node, ast.Call) and re.fullmatch(r"open|.*\.(read|write)_text", ast.unparse(node.func)):
-            assert re.search(r"'utf-8|'[rwa]?b", ast.unparse(node)), f"{room}.py:{node.lineno}"
+            assert re.search(r"'utf-8|'[rwa]?\+?b", ast.unparse(node)), f"{room}.py:{node.lineno}"
 
 # ----- what lives in one room ----------------------------------------------------------------------------------------
 
