@@ -5,11 +5,12 @@
     folder/step-000100/SHA256SUMS          of every file (`sha256sum -c` reads it); SHA256SUMS.sha256 is its own sum
 
 A checkpoint is written into a folder beside its name, flushed and renamed, so that a kill at any moment leaves the old
-one or the new one; what is read is verified byte by byte first. This file knows no model. torch's .metadata is a
-pickle: resume from your own runs only.
+one or the new one; what is read is verified byte by byte first. Each rank hashes its own file. This file knows no
+model. torch's .metadata is a pickle, read with the few classes that describe tensors and no other.
 """
 import contextlib
 import json
+import pickle
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -19,30 +20,39 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from files import InputError, one_line, read_json, remove, sha256, written_aside
-from parallel import barrier, computed_on_rank_0, from_rank_0
+from parallel import barrier, computed_on_rank_0, from_all
 
 # ----- writing -------------------------------------------------------------------------------------------------------
 
 
-def save_tensors(world, folder, step, tensors, numbers, *, keep=2):
+def save_tensors(world, folder, step, tensors, numbers, *, keep=2, verified=None):
     """Writes folder/step-000100 and removes all older than the newest `keep` that verify. SystemExit if it cannot.
 
     tensors {name: tensor, sharded or not}; numbers: a dict for state.json, which gets `step` too. All ranks write into
-    one folder (on several nodes: on a shared disk).
+    one folder (on several nodes: on a shared disk). verified {path: its `look`}: the checkpoints that this run has
+    written or verified, which are not read again while they look the same; the new one is added.
     """
-    target = Path(folder) / f"step-{step:06d}"
-    try:
-        with written_aside(target) if world.rank == 0 else contextlib.nullcontext() as aside:
-            aside = from_rank_0(world, aside)
+    target, verified = Path(folder) / f"step-{step:06d}", {} if verified is None else verified
+    with contextlib.ExitStack() as stack:
+        try:
+            aside = computed_on_rank_0(world, lambda: stack.enter_context(written_aside(target)))
             with single_process_is_fine():
-                dcp.save(tensors, no_dist=world.size == 1, storage_writer=dcp.FileSystemWriter(aside))
-            if world.rank == 0:
-                (aside / "state.json").write_text(json.dumps({"step": step} | numbers, indent=2))
-                write_manifest(aside)
-        if world.rank == 0:
-            remove_old_checkpoints(folder, keep)
-    except (OSError, CheckpointException) as error:
-        raise SystemExit(f"error: could not save {target}: {one_line(error)}") from None
+                dcp.save(tensors, no_dist=world.size == 1, storage_writer=Writer(aside))
+            sums = hashes_of_ranks(world, aside)
+
+            def finish():
+                state = aside / "state.json"
+                state.write_text(json.dumps({"step": step} | numbers, indent=2), encoding="utf-8")
+                write_manifest(aside, sums | {name: sha256(aside / name) for name in (".metadata", "state.json")})
+                stack.close()  # which renames
+                verified[target] = look(target)
+            computed_on_rank_0(world, finish)
+            remove_old_checkpoints(world, folder, keep, verified)
+        except (OSError, CheckpointException) as error:
+            reason = reason_of(error).removeprefix(f"{target}: ")
+            if world.rank == 0:  # now, because the end of another rank may bring a SIGTERM
+                print(f"error: could not save {target}: {reason}", file=sys.stderr)
+            raise SystemExit(1) from None
     barrier(world)
 
 
@@ -54,28 +64,91 @@ def single_process_is_fine():
         yield
 
 
-def write_manifest(folder):
-    """SHA256SUMS over all files of `folder` and, over that, SHA256SUMS.sha256."""
-    sums = folder / "SHA256SUMS"
-    sums.write_text("".join(f"{hexdigest}  {name}\n" for name, hexdigest in sorted(hashes(folder).items())))
-    (folder / "SHA256SUMS.sha256").write_text(f"{sha256(sums)}  SHA256SUMS\n")
+class Writer(dcp.FileSystemWriter):
+    """Writes the files of a checkpoint; an error of the system is raised as such, not as what torch met because of it.
+
+    After a write has failed torch closes its archive, which fails in turn, with words about positions in a file.
+    """
+
+    def write_data(self, plan, planner):
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause = error
+            while cause and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
 
 
-def hashes(folder):
-    """{file name: SHA-256} of all files in `folder` but the two that hold the sums."""
-    names = [path.name for path in Path(folder).iterdir() if not path.name.startswith("SHA256SUMS")]
+def reason_of(error):
+    """Why a checkpoint could not be written, in one line; of several ranks' reasons the first."""
+    failures = getattr(error, "failures", None)
+    if not failures:
+        return one_line(error)
+    rank, (cause, _) = min(failures.items())
+    return f"{one_line(cause)} (rank {rank})"
+
+
+def hashes_of_ranks(world, folder):
+    """{file name: SHA-256} of the files that the ranks have written, each of which reads its own; on every rank."""
+    try:
+        own = hashes(folder, f"__{world.rank}_*")
+    except OSError as error:
+        own = error
+    found = from_all(world, own)
+    for one in found:
+        if isinstance(one, OSError):
+            raise one
+    return {name: hexdigest for one in found for name, hexdigest in one.items()}
+
+
+def write_manifest(folder, sums):
+    """Writes `sums` {file name: SHA-256} as SHA256SUMS and, over that, SHA256SUMS.sha256."""
+    path = folder / "SHA256SUMS"
+    lines = "".join(f"{hexdigest}  {name}\n" for name, hexdigest in sorted(sums.items()))
+    path.write_text(lines, encoding="utf-8")
+    (folder / "SHA256SUMS.sha256").write_text(f"{sha256(path)}  SHA256SUMS\n", encoding="utf-8")
+
+
+def hashes(folder, pattern="*"):
+    """{file name: SHA-256} of the files in `folder`, all of them or those of a pattern, but the two with the sums."""
+    names = [path.name for path in Path(folder).glob(pattern) if not path.name.startswith("SHA256SUMS")]
     with ThreadPoolExecutor(8) as pool:  # hashlib releases the interpreter
         return dict(zip(names, pool.map(lambda name: sha256(Path(folder) / name), names)))
 
 
-def remove_old_checkpoints(folder, keep):
-    """Removes what is older than the `keep` newest checkpoints that verify; a damaged one does not count."""
-    good = 0
-    for path in checkpoints_of(folder):
-        if good == keep:
+def look(folder):
+    """Names, sizes and times of change of a checkpoint's files, in order: other ones have not been verified."""
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    return [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+
+
+def remove_old_checkpoints(world, folder, keep, verified):
+    """Removes what is older than the `keep` newest checkpoints that verify; a damaged one does not count.
+
+    Nothing is read unless something would be removed on its account. The ranks wait for one checkpoint at a time,
+    because a wait has a limit (half an hour).
+    """
+    paths, good = computed_on_rank_0(world, lambda: checkpoints_of(folder)), 0
+    for path in paths if len(paths) > keep else ():
+        if good < keep:
+            good += computed_on_rank_0(world, lambda path=path: fault_unless(verified, path)) is None
+        elif world.rank == 0:
             remove(path)
-        elif fault_of(path) is None:
-            good += 1
+
+
+def fault_unless(verified, path):
+    """`fault_of` a checkpoint; it is not read again if it is among those verified and looks the same."""
+    try:
+        seen = look(path)
+    except OSError as error:
+        return one_line(error)
+    if verified.get(path) != seen:
+        fault = fault_of(path)
+        if fault:
+            return fault
+        verified[path] = seen
+    return None
 
 # ----- finding and reading -------------------------------------------------------------------------------------------
 
@@ -92,7 +165,7 @@ def fault_of(folder):
     try:
         if (Path(folder) / "SHA256SUMS.sha256").read_bytes() != f"{sha256(sums)}  SHA256SUMS\n".encode():
             return "SHA256SUMS is damaged"
-        expected = dict(reversed(line.split("  ", 1)) for line in sums.read_text().splitlines())
+        expected = dict(reversed(line.split("  ", 1)) for line in sums.read_text(encoding="utf-8").splitlines())
         found = hashes(folder)
     except OSError as error:
         return one_line(error)
@@ -109,28 +182,55 @@ def checkpoint_to_resume(world, folder, facts):
 
     InputError when the run it belongs to differed in one of `facts` (the settings that fix the data and its order).
     """
-    return computed_on_rank_0(world, lambda: find_checkpoint(folder, facts))
-
-
-def find_checkpoint(folder, facts):
-    """`checkpoint_to_resume` on one rank."""
-    for path in checkpoints_of(folder):
-        fault = fault_of(path)
-        if fault:
-            print(f"passed over {path}: {fault}", file=sys.stderr)
-            continue
-        numbers = read_json(path / "state.json")
-        differing = [f"{key} was {numbers['facts'].get(key)!r} and is {facts[key]!r}"
-                     for key in facts if numbers["facts"].get(key) != facts[key]]
-        if differing:
-            raise InputError(f"{path}: made with other settings: {'; '.join(differing)}; expected the same, or "
-                             "another --out")
-        print(f"resuming from {path}", file=sys.stderr)
-        return path, numbers
+    for path in computed_on_rank_0(world, lambda: checkpoints_of(folder)):
+        numbers = computed_on_rank_0(world, lambda path=path: verified_numbers(path, facts))
+        if numbers is not None:
+            return path, numbers
     return None
+
+
+def verified_numbers(path, facts):
+    """The numbers of a checkpoint, or None, with a word on stderr, if it is damaged; InputError for other `facts`."""
+    fault = fault_of(path)
+    if fault:
+        print(f"passed over {path}: {fault}", file=sys.stderr)
+        return None
+    numbers = read_json(path / "state.json")
+    differing = [f"{key} was {numbers['facts'].get(key)!r} and is {facts[key]!r}"
+                 for key in facts if numbers["facts"].get(key) != facts[key]]
+    if differing:
+        raise InputError(f"{path}: made with other settings: {'; '.join(differing)}; expected the same, or "
+                         "another --out")
+    print(f"resuming from {path}", file=sys.stderr)
+    return numbers
 
 
 def load_tensors(world, path, tensors):
     """Fills `tensors` {name: tensor, sharded or not} in place; the number of ranks may have changed since the save."""
+    computed_on_rank_0(world, lambda: check_metadata(path / ".metadata"))  # torch would unpickle whatever it finds
     with single_process_is_fine():
         dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=world.size == 1)
+
+
+METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "bfloat16", "float32"},
+    "pathlib": {"Path", "PosixPath", "WindowsPath"}}
+
+
+def check_metadata(path):
+    """InputError unless the pickle `path` names METADATA_CLASSES alone; none of them runs what a file gives it."""
+    class Restricted(pickle.Unpickler):
+        def find_class(self, module, name):
+            if name not in METADATA_CLASSES.get(module, ()):
+                raise InputError(f"{path}: names {module}.{name}; expected the description of tensors alone")
+            return super().find_class(module, name)
+    with open(path, "rb") as file:
+        try:
+            Restricted(file).load()
+        except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, TypeError) as error:
+            raise InputError(f"{path}: not readable ({one_line(error)})") from None

@@ -22,7 +22,6 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import collate_pairs, render_pairs, rows_of_pair, split_step
@@ -46,7 +45,7 @@ from run import (
     shown,
 )
 from train import fit, on_device
-from weights import open_safetensors, stored_dtypes
+from weights import open_safetensors, stored_dtypes, write_safetensors
 
 LOSSES = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm")
 PER_TOKEN = ("ipo", "sigmoid_norm")  # these compare means over the tokens of an answer
@@ -223,9 +222,8 @@ def reference_logps(run, training, pairs):
                                      f"{logps[row].tolist()}; expected finite numbers")
             if world.rank == 0:
                 with written_aside(path) as aside:
-                    save_file({"logps": logps}, aside, metadata={
+                    write_safetensors({"logps": logps}, aside, {
                         "facts": json.dumps(facts), "sha256": hashlib.sha256(logps.numpy().tobytes()).hexdigest()})
-                    aside.chmod(0o644)  # safetensors makes a file that only its owner may read
             return_freed_memory(world.device)
             bar.update(len(rows))
     if world.mesh:  # the root stays gathered after a forward pass without a backward pass

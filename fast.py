@@ -484,7 +484,7 @@ class Threads:
     def look():
         """(clock, CPU seconds of all processes on the cores we may use, CPU seconds of this process), all up to now."""
         ours, ticks = {f"cpu{i}" for i in os.sched_getaffinity(0)}, 0
-        with open("/proc/stat") as file:
+        with open("/proc/stat", encoding="utf-8") as file:
             for name, *times in map(str.split, file):
                 if name in ours:
                     user, nice, system, _, _, irq, softirq, steal = map(int, times[:8])

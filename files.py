@@ -2,7 +2,8 @@
 
 Four promises, kept in one place because every program here makes them:
   1. Wrong input ends in one line (file, line or flag; what was found; what was expected) and exit status 2.
-  2. Files are written aside, flushed to disk and renamed: a killed run leaves the old file or the new one.
+  2. Files are written aside, flushed to disk and renamed: a killed run leaves the old file or the new one. The part
+     that it had written aside is removed by the next program that writes into the folder.
   3. Input is JSON, parquet or safetensors, read strictly: no pickle, no NaN, no duplicate keys, no endless line.
   4. A program that writes a row for each of many questions goes on where it was killed (`finished_rows`, `appended`).
 """
@@ -11,14 +12,13 @@ import atexit
 import contextlib
 import ctypes
 import errno
-import glob
 import gzip
 import hashlib
 import json
 import math
 import os
 import re
-import resource
+import secrets
 import shutil
 import signal
 import socket
@@ -27,6 +27,7 @@ import zlib
 from pathlib import Path
 
 MAX_JSON_BYTES = 64 << 20  # a tokenizer.json is 17 MB, a training row a few KB: past this it is not one of ours
+DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # full, over a quota or a size limit, broken
 BOM = b"\xef\xbb\xbf"  # some editors and spreadsheets put it in front of UTF-8
 
 # every answer and every model card carries this
@@ -42,6 +43,9 @@ def run_main(main):
     def terminated(signum, frame):
         raise SystemExit(128 + signum)  # unwinds through every `finally`: weights are restored, files closed
     signal.signal(signal.SIGTERM, terminated)
+    for stream in (sys.stdout, sys.stderr):  # an ASCII terminal shows \\u2192 for an arrow: no reason to stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main() or 0)
     except KeyboardInterrupt:
@@ -52,7 +56,7 @@ def run_main(main):
         sys.exit(141)
     except (InputError, OSError) as error:
         print("error:", one_line(error), file=sys.stderr)
-        sys.exit(1 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EIO) else 2)
+        sys.exit(1 if getattr(error, "errno", None) in DISK_FAILS else 2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # of CUDA
             raise
@@ -61,10 +65,17 @@ def run_main(main):
 
 
 def resident(what):
-    """Bytes of main memory that this process has ("VmRSS") or had at most ("VmHWM"); only Linux tells them apart."""
+    """Bytes of main memory that this process has ("VmRSS") or had at most ("VmHWM").
+
+    Only Linux tells them apart; 0 where the platform tells neither.
+    """
     try:
-        return int(Path("/proc/self/status").read_text().split(what + ":")[1].split()[0]) * 1024
+        return int(Path("/proc/self/status").read_text(encoding="utf-8").split(what + ":")[1].split()[0]) * 1024
     except (OSError, IndexError):
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -322,33 +333,23 @@ HELD = {}  # {path: the open lock file} of what this process writes
 def hold(path):
     """Keeps a file or folder that a run is to write for this process, until it ends. InputError if another has it.
 
-    The lock is on the file .NAME.lock beside it, which holds the process's number; the kernel frees it however the
-    process ends. Where the disk or the system has no locks, a line says so.
+    The lock is on the file .NAME.lock beside it, which holds the process's number. Where there are no locks, a line
+    says so.
     """
     path = Path(path).resolve()
     if path in HELD:
         return
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 (stays open for as long as the process lives)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(f"{path}: {file.read().strip() or 'another process'} is writing there; expected another "
-                             "place, or that one ended") from None
-        except OSError as error:
-            print(f"{path}: no lock keeps other runs away ({one_line(error)})", file=sys.stderr)
-            return
+    lock, holder = path.with_name(f".{path.name}.lock"), ""
+    try:
+        file, has_lock = locked(lock)
+    except BlockingIOError:
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
-                break
-        file.close()  # the one that held it removed it between our two calls
+            holder = lock.read_text(encoding="utf-8").strip()
+        raise InputError(f"{path}: {holder or 'another process'} is writing there; expected another place, or that one "
+                         "ended") from None
+    if not has_lock:
+        print(f"{path}: the disk has no locks that would keep other runs away", file=sys.stderr)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -362,34 +363,94 @@ def release(path, lock, pid):
         lock.unlink(missing_ok=True)
         HELD.pop(path).close()
 
+
+def locked(path, wait=False):
+    """(an open file of this name, made if there is none; whether we have its lock, as where the disk has locks at all).
+
+    The kernel frees the lock when the file is closed or the process ends, however it ends. BlockingIOError if another
+    process has it, unless we are to `wait`.
+    """
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as the lock is to last)
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except (ImportError, OSError):  # Windows, some network disks
+            return file, False
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file, True
+        file.close()  # the one that had it removed it between our two calls
+
 # ----- writing -------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def written_aside(path):
     """`with written_aside(path) as aside:` write a file or a folder to `aside`; on leaving it becomes `path`.
 
-    Everything under `aside` is flushed to disk before one rename puts it in place (a folder that exists is exchanged
-    in one system call where there is one). On an exception `path` stays as it was and `aside` is removed.
+    Everything under `aside` gets the mode of a new file here and is flushed to disk before one rename puts it in place
+    (a folder that exists is exchanged in one system call where there is one); where `path` is a symbolic link, in the
+    place that it points to. On an exception `path` stays as it was and `aside` is removed. A kill leaves `aside`: it is
+    removed by the next call for any name in this folder. OSError names `path` when the disk is full.
     """
-    path = Path(path)
-    if not path.name:
+    if Path(path).name in ("", ".."):
         raise InputError(f"{path}: found no name to write to; expected the path of a new file or folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):  # of a run that was killed
-        pid = left.name.rpartition("-")[2]
-        if pid == str(os.getpid()) or not _is_running(pid):  # in a container a pid comes back at every start
-            remove(left)
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear_scraps(target.parent)
+    aside = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    with contextlib.ExitStack() as stack:
+        try:
+            mode = stack.enter_context(marked_as_living(aside))
+            stack.callback(remove, aside)
+            yield aside
+            share(aside, mode)
+            flush(aside)
+            if target.is_dir() and aside.is_dir():
+                exchange(aside, target)
+            else:
+                os.replace(aside, target)
+            flush(target.parent, recursive=False)
+        except OSError as error:
+            if error.errno in DISK_FAILS:  # a failed write names no file, or the one aside
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            raise
+
+
+@contextlib.contextmanager
+def marked_as_living(aside):
+    """Has the lock of the file `aside`.lock meanwhile, and yields the mode of that new file.
+
+    A process number would not do: it comes back in every container, and another host that writes to the same disk has
+    its own. Where there are no locks, scraps stay.
+    """
+    lock = aside.with_name(f"{aside.name}.lock")
     try:
-        yield aside
-        flush(aside)
-        if path.is_dir() and aside.is_dir():
-            exchange(aside, path)
-        else:
-            os.replace(aside, path)
-        flush(path.parent, recursive=False)
+        with locked(lock, wait=True)[0] as file:  # wait: another process may just look whether it is a scrap
+            yield os.fstat(file.fileno()).st_mode & 0o777
     finally:
-        remove(aside)
+        lock.unlink(missing_ok=True)
+
+
+def clear_scraps(folder):
+    """Removes what killed processes left half written in `folder`; what a living one writes stays."""
+    for lock in folder.glob(".*.partial-*.lock"):
+        with contextlib.suppress(OSError):  # a living one has it, or it is not ours to remove
+            file, has_lock = locked(lock)
+            with file:
+                if has_lock:
+                    remove(lock.with_suffix(""))
+                    lock.unlink()
+
+
+def share(path, mode):
+    """Gives every file under `path` a mode: safetensors makes files that only their owner may read."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)
 
 
 def write_json(path, value):
@@ -411,7 +472,9 @@ def flush(path, recursive=True):
     if recursive and path.is_dir():
         for child in path.iterdir():
             flush(child)
-    handle = os.open(path, os.O_RDONLY)
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -427,15 +490,3 @@ def exchange(new, old):
     os.rename(old, spare)
     os.rename(new, old)
     remove(spare)
-
-
-def _is_running(pid):
-    try:
-        os.kill(int(pid), 0)
-    except ValueError:
-        return False
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -9,10 +9,15 @@ this file and in checkpoints.py alone; other files ask a World.
     torchrun --nproc-per-node 8 sft.py …                                    eight, one shard each
     torchrun --nnodes 2 --nproc-per-node 8 … sft.py --replicate 2 …         two copies of eight shards
 """
+import contextlib
+import itertools
 import math
+import mmap
 import os
+import tempfile
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -129,6 +134,74 @@ def interleaved_on_rank_0(world, rows, total):
     shares = [torch.empty_like(padded) for _ in range(world.size)] if world.rank == 0 else None
     dist.gather(padded, shares)
     return torch.stack(shares, dim=1).flatten(0, 1)[:total] if world.rank == 0 else None
+
+# ----- rows that ranks share -----------------------------------------------------------------------------------------
+
+ROWS_AT_A_TIME = 1024  # that are sent
+
+
+def shared_rows(world, rows):
+    """Every rank's `rows`, [(number, array, …)] with one-dimensional int32 arrays, in one list on every rank.
+
+    Their arrays are parts of one file in the folder for temporary files, which the processes of a node map together: a
+    node holds them once, not once a rank. It has lost its name before it is filled, so that it goes with the last
+    process that has it, however that ends. One process gets its own rows back. OSError on every rank if a disk is full.
+    """
+    if world.size == 1:
+        return rows
+    shapes = np.array([[number, *map(len, arrays)] for number, *arrays in rows], np.int64)
+    shapes, error = from_all(world, shapes.reshape(-1, len(rows[0]) if rows else 1)), None
+    with file_of_the_node(world) as (file, is_writer):
+        for rank, shape in enumerate(shapes):
+            for start in range(0, len(shape), ROWS_AT_A_TIME):
+                piece = torch.empty(int(shape[start:start + ROWS_AT_A_TIME, 1:].sum()), dtype=torch.int32)
+                if rank == world.rank:
+                    arrays = [array for _, *arrays in rows[start:start + ROWS_AT_A_TIME] for array in arrays]
+                    np.concatenate(arrays, out=piece.numpy())
+                dist.broadcast(piece, src=rank)
+                rest = memoryview(piece.numpy()).cast("B") if is_writer and not error and len(piece) else b""
+                try:
+                    while rest:  # a disk that is nearly full takes a part
+                        rest = rest[file.write(rest):]
+                except OSError as found:
+                    error = OSError(found.errno, found.strerror, tempfile.gettempdir())
+        for found in from_all(world, error):
+            if found:
+                raise found
+        length = os.fstat(file.fileno()).st_size
+        # a copy of a page is made if it is written to: torch warns of memory that may only be read
+        mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY) if length else b""
+    numbers, found, start = np.frombuffer(mapped, np.int32), [], 0
+    for number, *lengths in itertools.chain(*(shape.tolist() for shape in shapes)):
+        ends = list(itertools.accumulate(lengths, initial=start))
+        found.append((number, *(numbers[begin:end] for begin, end in itertools.pairwise(ends))))
+        start = ends[-1]
+    return found
+
+
+@contextlib.contextmanager
+def file_of_the_node(world):
+    """(an open file without a name that all processes of this node have, whether this process is to write it)."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    names = from_all(world, new_file() if local == 0 else None)
+    for name in names:
+        if isinstance(name, OSError):
+            raise name
+    with open(names[world.rank - local], "r+b", buffering=0) as file:
+        barrier(world)
+        if local == 0:
+            os.unlink(names[world.rank])
+        yield file, local == 0
+
+
+def new_file():
+    """The name of a new temporary file, or the OSError."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="finemedlm-rows-")
+        os.close(handle)
+    except OSError as error:
+        return error
+    return name
 
 # ----- sharded tensors -----------------------------------------------------------------------------------------------
 

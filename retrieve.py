@@ -24,7 +24,6 @@ import faiss
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from encoder import Encoder
 from files import (
@@ -43,6 +42,7 @@ from files import (
 from parallel import from_all, interleaved_on_rank_0, start, stop
 from rows import messages_of, question_of, try_to
 from tokenizer import check_unicode
+from weights import write_safetensors
 
 DEFAULT_ENCODER = "models/all-minilm-l6-v2"
 DEFAULT_INDEX = "index/traces"
@@ -100,7 +100,7 @@ class Index:
         refuse_to_replace(directory)
         with written_aside(directory) as aside:
             aside.mkdir()
-            save_file({"vectors": self.vectors}, aside / "vectors.safetensors")
+            write_safetensors({"vectors": torch.from_numpy(self.vectors)}, aside / "vectors.safetensors")
             with open(aside / "records.jsonl", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
             hashes = {name: sha256(aside / name) for name in ("vectors.safetensors", "records.jsonl")}

@@ -40,7 +40,7 @@ from files import (
     write_json,
 )
 from model import LlamaConfig, open_checkpoint
-from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded_like, start
+from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded_like, shared_rows, start
 from rows import draw_rows
 from tokenizer import Tokenizer, notice_of
 from train import epochs_of, load_checkpoint, load_training, micro_batches_of
@@ -165,7 +165,7 @@ def read_examples(run, parse, render, kind=None):
     """(training examples, held-out examples): rows drawn from --data, read by `parse` and rendered by `render`.
 
     parse(record) -> the content of a row; render(tokenizer, [(where, content)], max_length, on_bad_row=…) ->
-    ([(where, …)], {outcome: rows, "faults": …}). Each rank renders its share of the rows, then all ranks get all
+    ([(where, …)], {outcome: rows, "faults": …}). Each rank renders its share of the rows, then all ranks map all
     examples. `run.plan` gets the number of rows by outcome, and of optimizer steps.
     """
     args, world = run.args, run.world
@@ -178,18 +178,21 @@ def read_examples(run, parse, render, kind=None):
         outcome = render(run.tokenizer, share, args.max_length, on_bad_row=args.on_bad_row)
     except InputError as error:
         outcome = error
-    outcomes, unread = zip(*from_all(world, (outcome, run.tokenizer.read_as_text)))
-    for outcome in outcomes:
-        if isinstance(outcome, InputError):
-            raise outcome
-    examples = [example for rendered, _ in outcomes for example in rendered]
-    place = {where: i for i, (where, _) in enumerate(rows)}
-    examples.sort(key=lambda example: place[example[0]])
+    places = [where for where, _ in rows]
+    del rows, share  # the texts, before the arrays of the other ranks come
+    rendered, report = ([], outcome) if isinstance(outcome, InputError) else outcome
+    reports, unread = zip(*from_all(world, (report, run.tokenizer.read_as_text)))
+    for report in reports:
+        if isinstance(report, InputError):
+            raise report
+    number_of = {where: i for i, where in enumerate(places)}
+    examples = shared_rows(world, [(number_of[where], *arrays) for where, *arrays in rendered])
+    examples = [(places[i], *arrays) for i, *arrays in sorted(examples, key=lambda row: row[0])]
     if args.val_rows is None:
         held_out = min(200, len(examples) // 20)
     held, examples = examples[:held_out], examples[held_out:held_out + args.rows]
     faults, counts = drawn.pop("faults"), Counter()
-    for _, report in outcomes:
+    for report in reports:
         faults += report.pop("faults")
         counts.update(report)
     counts["bad"] += drawn.get("bad", 0)
@@ -264,6 +267,9 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
     if world.size > 1:
         root = parameters - layers * layer
         memory["gathered: embedding and head, two layers, and the gradients of as much"] = 2 * w * (root + 2 * layer)
+    if world.size > world.shards:
+        memory[f"replicas: 4 × {parameters:,} parameters / {world.shards} shards, to add up their gradients"] = \
+            4 * parameters / world.shards
     return memory
 
 
@@ -367,9 +373,9 @@ def export_model(training, directory, *, source, dtype, card):
 
     def add_files(folder):
         say_what_was_trained(folder, source)
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         if is_llama3(model.config):
-            (folder / "NOTICE").write_text(LLAMA_NOTICE)
+            (folder / "NOTICE").write_text(LLAMA_NOTICE, encoding="utf-8")
     if world.rank == 0:
         write_checkpoint(directory, model.config, gathered, source=source, dtype=dtype, seed=training.seed,
                          add_files=add_files)
@@ -396,7 +402,7 @@ def say_what_was_trained(folder, source):
         path = folder / name
         given = read_json_if_there(path)
         if given or name != "special_tokens_map.json":
-            path.write_text(json.dumps(given | values, indent=2))
+            path.write_text(json.dumps(given | values, indent=2), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     prepare_for_serving(folder, tokenizer.template)
 

@@ -24,13 +24,13 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from checkpoints import load_tensors, save_tensors
+from checkpoints import load_tensors, look, save_tensors
 from data import split_step, steps_of_epochs
 from fast import Threads, return_freed_memory
 from files import InputError, read_jsonl, resident, written_aside
@@ -56,6 +56,7 @@ class Training:
     step: int = 0  # optimizer steps tried
     updates: int = 0  # and done: a step with a loss or gradient that is not finite changes nothing
     rows: int = 0  # rows consumed: the position in the data
+    verified: dict = field(default_factory=dict)  # checkpoints that this run has written or read back, see save_tensors
 
 
 def load_training(directory, world, *, dtype=torch.bfloat16, weight_decay=0.01, checkpoint_above=math.inf, seed=42):
@@ -137,12 +138,14 @@ def state_tensors(training):
 def save_checkpoint(training, folder, *, keep=2, facts=None):
     """Writes folder/step-000100 and removes all older than the newest `keep` that verify; see checkpoints.py."""
     numbers = {"updates": training.updates, "rows": training.rows, "facts": facts or {}}
-    save_tensors(training.world, folder, training.step, state_tensors(training), numbers, keep=keep)
+    save_tensors(training.world, folder, training.step, state_tensors(training), numbers, keep=keep,
+                 verified=training.verified)
 
 
 def load_checkpoint(training, path, numbers):
     """Fills `training` from what `checkpoint_to_resume` found; the number of ranks may have changed."""
     load_tensors(training.world, path, state_tensors(training))
+    training.verified[path] = look(path)
     training.step, training.updates, training.rows = numbers["step"], numbers["updates"], numbers["rows"]
     for state in training.optimizer.state.values():
         state["step"].fill_(training.updates)
@@ -206,7 +209,7 @@ def take_step(training, stream, loss_fn, lr, clip, signals):
     squares = sum(torch.linalg.vector_norm(grad).double() ** 2 for grad in training.grads.values())
     names = sorted(sums)
     loss, count, tokens, squares, terminate, interrupt, *sums = all_sum(world, [
-        loss, count, tokens, squares, signal.SIGTERM in signals, signal.SIGINT in signals,
+        loss, count, tokens, squares, *signals_in(signals),
         *(sums[name] for name in names)])
     count = max(count, 1)
     # FSDP has divided the sum of the ranks' gradients by their number; each shard is held by size / shards replicas
@@ -234,7 +237,7 @@ def take_step(training, stream, loss_fn, lr, clip, signals):
     if world.device.type == "cuda":
         row["mfu"] = round(step_flops(model.config, tokens) / seconds / world.size / peak_flops(world.device), 4)
     row |= {name: value / count for name, value in zip(names, sums)}
-    return row | {"signal": signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0}, rows
+    return row | {"signal": signal_among(terminate, interrupt)}, rows
 
 
 @torch.no_grad()
@@ -309,6 +312,8 @@ def fit(training, batches, loss_fn, *, steps, lr, warmup=0.1, clip=1.0, out=None
             bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {rate:.1e}, {row['tokens_per_s']:,.0f} tok/s")
             if out and (due or stopping):
                 save_checkpoint(training, Path(out) / "checkpoints", keep=keep, facts=facts)
+                # one that came meanwhile: no step and no second save between it and the end
+                signal_seen = signal_seen or signal_among(*all_sum(world, signals_in(signals)))
             if signal_seen:
                 say(f"stopped by a signal after step {training.step} of {steps}; --resume goes on from there")
                 raise SystemExit(128 + signal_seen)
@@ -331,6 +336,16 @@ def signals_noted():
             signal.signal(number, handler)
 
 
+def signals_in(seen):
+    """[whether SIGTERM, whether SIGINT is among those seen], for the ranks to add up."""
+    return [signal.SIGTERM in seen, signal.SIGINT in seen]
+
+
+def signal_among(terminate, interrupt):
+    """The signal to stop for, by how many ranks saw each; 0 for none."""
+    return signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
+
+
 def open_metrics(out, step):
     """out/metrics.jsonl for appending, without the lines of steps after `step` that a kill has undone."""
     path, lines = Path(out) / "metrics.jsonl", []
@@ -338,8 +353,8 @@ def open_metrics(out, step):
         if not isinstance(row, InputError) and row.get("step", 0) <= step and step:  # a killed run ends in half a line
             lines.append(json.dumps(row) + "\n")
     with written_aside(path) as aside:
-        aside.write_text("".join(lines))
-    return open(path, "a")
+        aside.write_text("".join(lines), encoding="utf-8")
+    return open(path, "a", encoding="utf-8")
 
 
 def peak_memory(device):

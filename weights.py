@@ -12,6 +12,8 @@ import contextlib
 import hashlib
 import json
 import math
+import os
+import re
 import shutil
 import sys
 from dataclasses import asdict
@@ -317,6 +319,17 @@ COPIED_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "s
                 "USE_POLICY.md")
 
 
+def write_safetensors(tensors, path, metadata=None):
+    """save_file; an OSError, with the system's number, if the disk is full."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if not found:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+
+
 def write_checkpoint(directory, config, parameter, *, source=None, dtype=torch.bfloat16, seed=0,
                      max_shard_bytes=5_000_000_000, add_files=None):
     """Writes config.json, safetensors shards and their index, aside and renamed; tied weights are stored once.
@@ -345,13 +358,12 @@ def write_checkpoint(directory, config, parameter, *, source=None, dtype=torch.b
                 stored = torch.empty(exact.shape, dtype=dtype)
                 copy_weights_(stored, exact, generator)
                 tensors |= dict(zip(names[name], stored.split([shapes[one][0] for one in names[name]])))
-            save_file(tensors, aside / file_name, metadata={"format": "pt"})
-            (aside / file_name).chmod(0o644)  # safetensors makes a file that only its owner may read
+            write_safetensors(tensors, aside / file_name, {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file_name)
         if shards[1:]:
             total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
         for name in COPIED_FILES if source else ():
             if (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, aside / name)
@@ -359,6 +371,6 @@ def write_checkpoint(directory, config, parameter, *, source=None, dtype=torch.b
         if source:
             given = read_json(Path(source) / "config.json")
             raw = {key: given[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in given} | raw
-        (aside / "config.json").write_text(json.dumps(raw, indent=2))
+        (aside / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
         if add_files:
             add_files(aside)

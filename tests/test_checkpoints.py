@@ -3,19 +3,34 @@ import builtins
 import errno
 import io
 import os
+import pickle
+import resource
 import shutil
 import signal
+import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from torch.distributed.tensor import Shard
 
+import checkpoints
 import files
-from checkpoints import checkpoint_to_resume, checkpoints_of, fault_of, load_tensors, save_tensors
+from checkpoints import (
+    checkpoint_to_resume,
+    checkpoints_of,
+    fault_of,
+    hashes,
+    load_tensors,
+    save_tensors,
+    write_manifest,
+)
 from files import InputError
-from parallel import World
+from parallel import World, local, sharded_like, start, stop
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -184,7 +199,140 @@ def test_a_fault_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_
     sweep(tmp_path, kinds, lambda total: range(1, total + 1))
 
 
-def test_a_full_disk_ends_in_one_line_and_status_1(tmp_path):
+def test_what_is_in_the_way_ends_in_one_line_and_status_1(tmp_path, capsys):
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
-    with pytest.raises(SystemExit, match=r"error: could not save .*checkpoints"):
+    with pytest.raises(SystemExit) as ended:
         save(tmp_path / "checkpoints", 0)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (f"error: could not save {tmp_path}/checkpoints/step-000000: "
+                                       f"{tmp_path}/checkpoints: File exists\n")
+
+
+def save_on_a_full_disk(folder, errors):
+    """A limit on the size of a file stands for the disk; it ends the last rank's writing, and the others know."""
+    world = start("cpu")
+    sys.stderr = open(f"{errors}-{world.rank}", "w")  # noqa: SIM115
+    if world.rank == world.size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    save_tensors(world, folder, 1, sharded(world, 1), {"facts": {}})
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_full_disk_ends_in_one_line_and_status_1(tmp_path, size):
+    (tmp_path / "out").mkdir()
+    run_ranks(size, save_on_a_full_disk, tmp_path / "out", tmp_path / "errors")
+    assert run_ranks.exit_codes == [1] * size
+    said = [(tmp_path / f"errors-{rank}").read_text() for rank in range(size)]
+    assert said == [f"error: could not save {tmp_path}/out/step-000001: File too large (rank {size - 1})\n",
+                    *[""] * (size - 1)]
+    assert list((tmp_path / "out").iterdir()) == []
+
+# ----- many ranks ----------------------------------------------------------------------------------------------------
+
+
+def sharded(world, value):
+    """{name: tensor} of 8 numbered rows and more, cut over the ranks."""
+    found = {}
+    for name, n in (("master/a", 8), ("master/b", 4099)):
+        whole = torch.arange(n * 2.0).view(n, 2) + value
+        share = -(-n // world.size)
+        found[name] = sharded_like(world, SimpleNamespace(
+            device_mesh=world.mesh, placements=[Shard(0)], shape=whole.shape, stride=whole.stride),
+            whole[world.rank * share:(world.rank + 1) * share].clone())
+    return found
+
+
+def save_and_count(folder, steps, keep):
+    """{file: how often this rank has hashed it}, over the saves of `steps` in one run."""
+    world, counts, verified, plain = start("cpu"), Counter(), {}, checkpoints.sha256
+
+    def counted(path):
+        counts[path.name] += 1
+        return plain(path)
+    checkpoints.sha256 = counted
+    for step in steps:
+        save_tensors(world, folder, step, sharded(world, step), {"facts": {}}, keep=keep, verified=verified)
+    stop(world)
+    return dict(counts)
+
+
+def load_sharded(folder):
+    """(the step that a run with this many ranks goes on from, whether this rank's rows are all of that step)."""
+    world, loaded = start("cpu"), None
+    path, numbers = checkpoint_to_resume(world, folder, {})
+    loaded, expected = sharded(world, -1), sharded(world, numbers["step"])
+    load_tensors(world, path, loaded)
+    same = [torch.equal(local(loaded[name]), local(expected[name])) for name in expected]
+    stop(world)
+    return numbers["step"], all(same)
+
+
+def test_a_rank_hashes_its_own_file_and_each_file_is_hashed_once(tmp_path, capfd):
+    """Four saves by four ranks, of which two checkpoints are removed; then two ranks load, past a flipped bit."""
+    counts = run_ranks(4, save_and_count, tmp_path, [1, 2, 3, 4], 2)
+    assert counts == [{f"__{rank}_0.distcp": 4} | ({".metadata": 4, "state.json": 4, "SHA256SUMS": 4} if rank == 0
+                                                   else {}) for rank in range(4)]
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["step-000004", "step-000003"]
+    newest = tmp_path / "step-000004"
+    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=newest, capture_output=True, text=True)
+    assert checked.stdout.count(": OK\n") == 6 and checked.returncode == 0
+    assert run_ranks(2, load_sharded, tmp_path) == [(4, True)] * 2
+    for rank in range(4):
+        path = newest / f"__{rank}_0.distcp"
+        good = path.read_bytes()
+        path.write_bytes(good[:700] + bytes([good[700] ^ 16]) + good[701:])
+        assert fault_of(newest) == f"{path.name} is damaged"
+        if rank < 3:
+            path.write_bytes(good)
+    assert run_ranks(2, load_sharded, tmp_path) == [(3, True)] * 2
+
+
+def test_nothing_is_read_again_unless_something_is_removed_on_its_account(tmp_path, monkeypatch):
+    read, verified, fault_of = [], {}, checkpoints.fault_of
+    monkeypatch.setattr(checkpoints, "fault_of", lambda path: read.append(path.name) or fault_of(path))
+
+    def save_and_read(step, keep=2):
+        read.clear()
+        save_tensors(ALONE, tmp_path, step, tensors(step), {"facts": {}}, keep=keep, verified=verified)
+        return list(read)
+    assert [save_and_read(step) for step in (1, 2, 3)] == [[], [], []]
+    verified.clear()  # another run goes on
+    assert save_and_read(4, keep=3) == [] and save_and_read(5, keep=3) == ["step-000003"]
+    assert save_and_read(6, keep=3) == []
+    state = tmp_path / "step-000005/state.json"  # changed behind the run's back
+    state.write_bytes(state.read_bytes().replace(b'"step": 5', b'"step": 7'))
+    assert save_and_read(7, keep=3) == ["step-000005"]
+    assert [path.name[-1] for path in checkpoints_of(tmp_path)] == ["7", "6", "5", "4"]
+
+
+def test_scraps_of_other_steps_are_cleared_by_the_next_save(tmp_path):
+    run_ranks(1, save_with_fault, tmp_path, 4, "kill after")
+    assert len(list(tmp_path.iterdir())) == 2 and not checkpoints_of(tmp_path)
+    save(tmp_path, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+# ----- the pickle ----------------------------------------------------------------------------------------------------
+
+
+class Opens:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickle_that_names_anything_else_is_not_run(tmp_path):
+    """With sums that fit, as whoever can write the folder can make them."""
+    save(tmp_path, 1)
+    path = tmp_path / "step-000001/.metadata"
+    path.write_bytes(pickle.dumps(Opens(str(tmp_path / "made"))))
+    write_manifest(path.parent, hashes(path.parent))
+    with pytest.raises(InputError, match=r"\.metadata: names io\.open; expected the description of tensors alone"):
+        resumed(tmp_path)
+    assert not (tmp_path / "made").exists()
+    path.write_bytes(b"no pickle")
+    with pytest.raises(InputError, match=r"\.metadata: not readable"):
+        load_tensors(ALONE, path.parent, tensors(-1))

@@ -289,19 +289,19 @@ def run_main(argv, kill=None):
 
     Returns how many blocks of references were computed.
     """
-    blocks, step, save = [], train.take_step, dpo.save_file
+    blocks, step, save = [], train.take_step, dpo.write_safetensors
 
     def take_step(training, *more):
         if kill == ("step", training.step):
             os.kill(os.getpid(), signal.SIGKILL)
         return step(training, *more)
 
-    def save_file(tensors, path, metadata):
+    def write_safetensors(tensors, path, metadata):
         if kill == ("block", len(blocks)):
             os.kill(os.getpid(), signal.SIGKILL)
         blocks.append(path)
         save(tensors, path, metadata)
-    train.take_step, dpo.save_file = take_step, save_file
+    train.take_step, dpo.write_safetensors = take_step, write_safetensors
     dpo.main([str(arg) for arg in argv])
     return len(blocks)
 

@@ -173,8 +173,6 @@ def test_written_aside_replaces_files_and_folders_whole(tmp_path):
             (aside / content).write_text(content)
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 2}
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
-    scrap = tmp_path / f".folder.partial-{os.getpid()}"  # of an earlier process with this number
-    scrap.mkdir()
     with pytest.raises(ValueError, match="boom"), written_aside(tmp_path / "folder") as aside:
         aside.mkdir()
         raise ValueError("boom")
@@ -186,18 +184,95 @@ def test_two_renames_where_folders_cannot_be_exchanged(tmp_path, monkeypatch):
     test_written_aside_replaces_files_and_folders_whole(tmp_path)
 
 
-def test_a_killed_writer_leaves_the_old_file_and_its_scraps_are_cleared(tmp_path):
-    write_json(tmp_path / "x.json", {"a": 1})
-    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from files import written_aside\n"
-            "with written_aside(sys.argv[2]) as aside:\n"
-            "    aside.write_text('half'); print('ready', flush=True); time.sleep(60)")
-    process = subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path / "x.json"], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    process.kill()
-    process.wait()
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1} and len(list(tmp_path.iterdir())) == 2
-    write_json(tmp_path / "x.json", {"a": 2})
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+HALF = ("import sys, time; sys.path.insert(0, sys.argv[1]); from files import written_aside\n"
+        "with written_aside(sys.argv[2]) as aside:\n"
+        "    aside.mkdir(); (aside / 'half').write_text('half'); print('ready', flush=True); time.sleep(60)")
+
+
+def test_scraps_of_the_killed_are_cleared_whatever_their_name_and_those_of_the_living_stay(tmp_path, monkeypatch):
+    """Numbers of processes decide nothing: in another container the living writer's would not be found."""
+    write_json(tmp_path / "step-2", {"a": 1})
+    killed, living = (subprocess.Popen([sys.executable, "-c", HALF, ROOT, tmp_path / name], stdout=subprocess.PIPE)
+                      for name in ("step-1", "step-3"))
+    for process in (killed, living):
+        process.stdout.readline()
+    killed.kill()
+    killed.wait()
+
+    def unknown(pid, number):
+        raise ProcessLookupError
+    monkeypatch.setattr(files.os, "kill", unknown)
+    assert json.loads((tmp_path / "step-2").read_text()) == {"a": 1} and len(list(tmp_path.iterdir())) == 5
+    write_json(tmp_path / "step-2", {"a": 2})
+    monkeypatch.undo()
+    scrap, lock, kept = sorted(tmp_path.iterdir())
+    assert kept.name == "step-2" and lock.name == f"{scrap.name}.lock" and (scrap / "half").read_text() == "half"
+    living.terminate()
+    living.wait()
+    write_json(tmp_path / "step-2", {"a": 3})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
+def test_a_lock_that_is_taken_for_a_scrap_is_waited_for_and_made_anew(tmp_path, monkeypatch):
+    """Another process, which clears away, locks and removes the file between its making and its locking here."""
+    import fcntl
+    ways = []
+
+    def flock(file, how, real=fcntl.flock):
+        ways.append(how)
+        if len(ways) == 1:
+            os.unlink(file.name)
+        real(file, how)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with written_aside(tmp_path / "x") as aside:
+        aside.write_text("whole")
+        assert [path.name for path in tmp_path.glob(".x.*.lock")] == [f"{aside.name}.lock"]
+    assert ways == [fcntl.LOCK_EX] * 2 and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "large disk").mkdir()
+    for target in ("model", "none yet"):
+        (tmp_path / target).symlink_to(tmp_path / "large disk" / target)
+        for content in ("old", "new"):
+            with written_aside(tmp_path / target) as aside:
+                assert aside.parent == tmp_path / "large disk"  # else the rename would cross disks
+                aside.mkdir()
+                (aside / content).write_text(content)
+        assert (tmp_path / target).is_symlink()
+        assert [path.name for path in (tmp_path / "large disk" / target).iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("name", ["", "x/.."])
+def test_a_name_is_needed(tmp_path, name):
+    with pytest.raises(InputError, match="found no name to write to"), written_aside(f"{tmp_path}/{name}" * bool(name)):
+        pass
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_get_the_mode_of_any_new_file(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        for name in ("file", "folder/file"):
+            with written_aside(tmp_path / name.partition("/")[0]) as aside:
+                if "/" in name:
+                    aside.mkdir()
+                path = aside / "file" if "/" in name else aside
+                os.close(os.open(path, os.O_CREAT, 0o600))  # as safetensors makes it
+            assert (tmp_path / name).stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
+
+
+def test_without_locks_scraps_stay_and_writing_goes_on(tmp_path, monkeypatch):
+    """As on Windows, which also lacks resource."""
+    for name in ("fcntl", "resource"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for suffix in ("", ".lock"):
+        (tmp_path / f".x.partial-0{suffix}").write_text("half")
+    write_json(tmp_path / "y", {"a": 1})
+    assert len(list(tmp_path.iterdir())) == 3 and files.resident("no such") == 0
 
 
 @pytest.mark.parametrize("replaced", [False, True])
@@ -314,9 +389,12 @@ def test_a_foreign_file_is_refused_and_left_as_it_is(tmp_path, content, message)
     ("return None", 0, ""), ("raise InputError('found a\\nexpected b')", 2, "error: found a expected b"),
     ("open('/nowhere/x')", 2, "error: /nowhere/x: No such file or directory"),
     ("raise KeyboardInterrupt", 130, "interrupted"),
-    ("raise MemoryError", 1, "error: out of memory"), ("time.sleep(60)", 143, "")])
+    ("raise MemoryError", 1, "error: out of memory"),
+    ("with written_aside('/tmp/x'): raise OSError(28, 'No space left on device')", 1,
+     "error: /tmp/x: No space left on device"),
+    ("raise OSError(122, 'Disk quota exceeded')", 1, "error: Disk quota exceeded"), ("time.sleep(60)", 143, "")])
 def test_exit_statuses(body, status, words, tmp_path):
-    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from files import InputError, run_main\n"
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from files import InputError, run_main, written_aside\n"
             f"def main():\n    print('on', flush=True)\n    {body}\nrun_main(main)")
     process = subprocess.Popen([sys.executable, "-c", code, ROOT], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True)
@@ -326,6 +404,16 @@ def test_exit_statuses(body, status, words, tmp_path):
         process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == status and errors.strip() == words
+
+
+def test_a_terminal_without_the_letters_gets_their_numbers():
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from files import run_main\n"
+            "def main():\n    print('°C → 肺', 'half \\ud83d'); print('ñ', file=sys.stderr)\nrun_main(main)")
+    for encoding, expected in (("ascii", b"\\xb0C \\u2192 \\u80ba"), ("latin-1", b"\xb0C \\u2192 \\u80ba"),
+                               ("utf-8", "°C → 肺".encode())):
+        out = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True,
+                             env=os.environ | {"PYTHONIOENCODING": encoding})
+        assert out.stdout == expected + b" half \\ud83d\n" and out.returncode == 0 and len(out.stderr) < 6
 
 
 def test_a_reader_that_leaves_is_no_error():
@@ -387,7 +475,7 @@ def test_a_disk_without_locks_is_named(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(fcntl, "flock", flock)
     files.hold(tmp_path / "out")
-    assert capsys.readouterr().err == f"{tmp_path}/out: no lock keeps other runs away (No locks available)\n"
+    assert capsys.readouterr().err == f"{tmp_path}/out: the disk has no locks that would keep other runs away\n"
 
 
 def test_a_flag_is_taken_by_its_whole_name_only():

@@ -117,6 +117,19 @@ def test_the_package_lists_every_room():
     assert names == DEPENDENCIES - {"faiss"} | {"faiss-cpu"}
     assert set(ROOMS) <= set(settings["tool"]["ruff"]["lint"]["isort"]["known-first-party"])
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_what_a_platform_lacks_is_imported_where_it_is_used(room):
+    for node in tree_of(ROOT / f"{room}.py").body:
+        names = [alias.name for alias in getattr(node, "names", ())] + [getattr(node, "module", None)]
+        assert not {"fcntl", "grp", "pwd", "resource", "termios"} & set(names), f"{room}.py:{node.lineno}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_text_is_utf_8_wherever_the_program_runs(room):
+    for node in ast.walk(tree_of(ROOT / f"{room}.py")):
+        if isinstance(node, ast.Call) and re.fullmatch(r"open|.*\.(read|write)_text", ast.unparse(node.func)):
+            assert re.search(r"'utf-8|'[rwa]?\+?b", ast.unparse(node)), f"{room}.py:{node.lineno}"
+
 # ----- what lives in one room ----------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,8 @@
 """parallel.py: what ranks tell each other, and that a model cut over them is the whole model."""
+import os
+import resource
+import tempfile
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +12,7 @@ from torch import nn
 
 import parallel
 import train
-from files import InputError
+from files import InputError, one_line
 from model import Llama, LlamaConfig
 from parallel import World
 
@@ -79,6 +83,57 @@ def test_collectives_by_hand(size):
             "sum": [3.0, 1.5, 1.0] if size == 3 else [0.0, 0.5, 1.0], "first": "said by 0", "computed": 10,
             "refused": "found by rank 0", "called": [0] if rank == 0 else [],
             "all": [{"rank": one} for one in range(size)], "interleaved": True if rank == 0 else None}
+
+# ----- rows that ranks share -----------------------------------------------------------------------------------------
+
+
+def rows_of(rank, size, n):
+    """Rows of lengths that tell them apart; the last of several ranks has none."""
+    return [(i, np.arange(i, 2 * i, dtype=np.int32), np.full(i % 3, i, np.int32)) for i in range(rank, n, size)
+            if size == 1 or rank < size - 1]
+
+
+def shared(n, full_disk):
+    """(equality with all ranks' rows, files mapped, bytes of them, what is left in the folder), or the error."""
+    world = parallel.start("cpu")
+    parallel.ROWS_AT_A_TIME = 4
+    if full_disk and world.rank == 0:
+        n_bytes = 4 * sum(len(x) + len(y) for _, x, y in rows_of(0, world.size, n)) - 4  # all but the last number
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+    rows = rows_of(world.rank, world.size, n)
+    try:
+        found = parallel.shared_rows(world, rows)
+    except OSError as error:
+        return one_line(error)
+    expected = [row for rank in range(world.size) for row in rows_of(rank, world.size, n)]
+    equal = len(found) == len(expected) and all(
+        one[0] == other[0] and all(map(np.array_equal, one[1:], other[1:])) and one[1].dtype == np.int32
+        for one, other in zip(found, expected))
+    maps = [line.split() for line in open("/proc/self/maps") if "finemedlm-rows" in line]  # noqa: SIM115
+    found[1][1][0] = 77  # a page of this rank's own from now on
+    parallel.barrier(world)
+    unmoved = found[0][1].tolist(), found[2][1].tolist()
+    inodes = {fields[4] for fields in maps}
+    parallel.stop(world)
+    return equal, unmoved, inodes, os.listdir(tempfile.gettempdir())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_rows_are_mapped_from_one_file_that_has_no_name(size, tmp_path):
+    outcomes = run_ranks(size, in_folder, tmp_path, shared, 21, False)
+    for equal, unmoved, _, left in outcomes:
+        assert equal and left == [] and unmoved in (([], [2, 3]), ([], [6, 7, 8, 9, 10, 11]))
+    inodes = [inodes for _, _, inodes, _ in outcomes]
+    assert inodes == ([set()] if size == 1 else [inodes[0]] * 3) and len(inodes[0]) == size // 3
+
+
+def in_folder(folder, function, *args):
+    tempfile.tempdir = str(folder)
+    return function(*args)
+
+
+def test_a_full_temporary_folder_is_an_error_on_every_rank(tmp_path):
+    assert run_ranks(2, in_folder, tmp_path, shared, 21, True) == [f"{tmp_path}: File too large"] * 2
 
 # ----- sharded tensors -----------------------------------------------------------------------------------------------
 

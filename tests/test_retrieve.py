@@ -194,7 +194,7 @@ def test_an_index_that_states_no_prompts_loads_if_the_encoder_has_none(saved, ti
             settings.unlink()
 
 
-@pytest.mark.parametrize("at", ["save_file", "sha256"])
+@pytest.mark.parametrize("at", ["write_safetensors", "sha256"])
 def test_a_save_that_fails_leaves_the_old_index(tiny, records, saved, monkeypatch, at):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
 

@@ -324,6 +324,14 @@ def test_memory_of_eight_billion_parameters_over_eight_gpus():
     assert activations == pytest.approx(8192 * 2 * (32 * 4096 + 4 * 4096 + 2 * 14336 + 4 * 5120), rel=1e-6)
 
 
+def test_replicas_need_a_buffer_of_four_bytes_a_sharded_parameter():
+    """FSDP2 adds the gradients of two replicas up in fp32: 8.03e9 / 8 of them on each of 16 GPUs."""
+    cut, replicated = (sum(run.expected_memory(
+        M.LlamaConfig(), World(0, ranks, torch.device("cuda"), shards=8), dtype=torch.bfloat16, tokens=8192,
+        activation_checkpointing=True).values()) for ranks in (8, 16))
+    assert replicated - cut == 4 * 8_030_261_248 / 8
+
+
 def test_the_table_of_what_a_gpu_needs():
     """Worked out from Llama-3.1-8B's published sizes: 32 layers, width 4,096, feed-forward 14,336, 32 and 8 heads of
     128 channels, 128,256 words; 8,192 tokens a micro-batch.
@@ -339,9 +347,11 @@ def test_the_table_of_what_a_gpu_needs():
     head, token = 12 * 2**26 + 2 * 2**27, 2 * 65_536
     kept, recomputed = 8192 * 32 * token, 8192 * (32 * 2 * 4096 + token)
     gathered = 2 * 2 * (2 * embedding + 4096 + 2 * layer)
-    expected = [[state / shards + (shards > 1) * gathered + head + activations for activations in (kept, recomputed)]
-                for shards in (1, 8, 8, 16)]
-    for own, (ranks, shards) in zip(expected, [(1, 1), (8, 8), (16, 8), (16, 16)]):
+    replicas = 4 / 18 * state  # FSDP2 adds the gradients of replicas up in fp32
+    cases = [(1, 1), (8, 8), (16, 8), (16, 16)]
+    expected = [[(state + (ranks > shards) * replicas) / shards + (shards > 1) * gathered + head + activations
+                 for activations in (kept, recomputed)] for ranks, shards in cases]
+    for own, (ranks, shards) in zip(expected, cases):
         world = World(0, ranks, torch.device("cuda"), shards=shards)
         parts = [run.expected_memory(M.LlamaConfig(), world, dtype=torch.bfloat16, tokens=8192,
                                      activation_checkpointing=recompute).values() for recompute in (False, True)]

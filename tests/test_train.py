@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import parallel
 import train
-from checkpoints import checkpoint_to_resume, checkpoints_of, fault_of
+from checkpoints import checkpoint_to_resume, checkpoints_of, fault_of, look
 from data import collate
 from model import Llama, save_model
 from parallel import World, stop
@@ -295,6 +295,14 @@ def test_another_number_of_ranks_resumes(tiny_folder, tmp_path, before, after):
         assert own == pytest.approx(loss, rel=1e-5) and own_norm == pytest.approx(norm, rel=1e-4)
 
 
+def test_the_checkpoint_that_a_run_goes_on_from_counts_as_verified(tiny_folder, tmp_path):
+    run_ranks(1, run, tiny_folder, tmp_path, 1)
+    _, training = begin(tiny_folder, "bf16")
+    found = checkpoint_to_resume(training.world, tmp_path / "checkpoints", {})
+    train.load_checkpoint(training, *found)
+    assert training.verified == {tmp_path / "checkpoints/step-000001": look(tmp_path / "checkpoints/step-000001")}
+
+
 def test_metrics_of_undone_steps_and_half_lines_are_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     train.open_metrics(tmp_path, 2).close()
@@ -322,6 +330,29 @@ def test_a_signal_to_one_rank_stops_all_at_the_step_boundary(tiny_folder, tmp_pa
     assert run_ranks.exit_codes == [128 + number] * world
     assert [path.name for path in checkpoints_of(tmp_path / "checkpoints")] == ["step-000003"]
     assert fault_of(tmp_path / "checkpoints/step-000003") is None
+
+
+def signalled_while_saving(folder, out, number, steps):
+    """The last rank gets the signal, twice, in the middle of the save after step 2."""
+    world, training = begin(folder)
+    save = train.save_tensors
+
+    def interrupted(world, *args, **options):
+        if world.rank == world.size - 1:
+            for _ in range(2):
+                os.kill(os.getpid(), number)
+        save(world, *args, **options)
+    train.save_tensors = interrupted
+    train.fit(training, batches_for(world), loss_fn, steps=steps, lr=1e-2, out=out, save_every=2)
+
+
+@pytest.mark.parametrize("world, number, steps", [(1, signal.SIGINT, 2), (2, signal.SIGTERM, 10)])
+def test_a_signal_during_a_save_ends_the_run_with_that_checkpoint(tiny_folder, tmp_path, world, number, steps):
+    """Neither a further step nor a second save, for which there may be no time; in the last save no export either."""
+    run_ranks(world, signalled_while_saving, tiny_folder, tmp_path, number, steps)
+    assert run_ranks.exit_codes == [128 + number] * world
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    assert fault_of(tmp_path / "checkpoints/step-000002") is None and len(losses_in(tmp_path)) == 2
 
 # ----- numbers that are not finite -----------------------------------------------------------------------------------
 

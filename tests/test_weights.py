@@ -1,5 +1,7 @@
 """weights.py: every folder that transformers reads, and one line for every folder that is damaged."""
+import errno
 import json
+import resource
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,7 @@ from conftest import CONFIGS, LLAMA3, tiny_pair
 from safetensors.torch import load_file, save_file
 
 import weights
-from files import InputError
+from files import InputError, one_line
 from model import LlamaConfig, load_model, save_model
 
 # ----- config.json ---------------------------------------------------------------------------------------------------
@@ -260,6 +262,20 @@ def test_rows_are_read_across_the_tensors_that_are_stacked(tmp_path):
     assert all(piece.eq(piece[:, :1]).all() for _, piece in pieces)
 
 # ----- writing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_names_the_folder(tmp_path):
+    """A limit on the size of a file stands for the disk: what safetensors raises is no OSError."""
+    _, ours = tiny_pair("tied", tmp_path / "good")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            save_model(ours, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno == errno.EFBIG and one_line(error.value) == f"{tmp_path}/out: File too large"
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
 
 def test_saving_is_atomic(tmp_path, monkeypatch):
