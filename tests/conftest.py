@@ -1,10 +1,12 @@
 """Shared by all test files: the folders of the real models, tiny random models, and random rows for them."""
+import contextlib
 import gzip
 import json
 import math
 import os
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -372,3 +374,13 @@ def bits(model):
 def same(model, before):
     """Whether the model's `bits` are those of `before`."""
     return all(torch.equal(now, then) for now, then in zip(bits(model), before))
+
+
+@contextlib.contextmanager
+def held_elsewhere(path):
+    """Another process that has `path` for itself (files.hold); it ends with the block."""
+    code = f"import files, time; files.hold({str(path)!r}); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()

@@ -12,7 +12,7 @@ from datetime import date
 
 import pyarrow
 import pytest
-from conftest import ROOT
+from conftest import ROOT, held_elsewhere
 from pyarrow import parquet
 
 import files
@@ -424,24 +424,16 @@ def test_a_reader_that_leaves_is_no_error():
     assert out.stdout.splitlines() == ["line 0", "141"] and "Traceback" not in out.stderr
 
 
-def holding(path):
-    """Another process that holds `path`, started and holding."""
-    code = f"import files, time; files.hold({str(path)!r}); print('held', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    return process
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
 def test_what_another_process_writes_is_held_until_that_ends_however_it_ends(tmp_path):
     out = tmp_path / "runs/one"
     for end in (signal.SIGKILL, signal.SIGTERM):
-        other = holding(out)
-        with pytest.raises(InputError, match=rf"one: process {other.pid} on .* is writing there; expected another"):
-            files.hold(tmp_path / "runs/../runs/one")
-        files.hold(tmp_path / "runs/two")
-        other.send_signal(end)
-        other.wait()
+        with held_elsewhere(out) as other:
+            with pytest.raises(InputError, match=rf"one: process {other.pid} on .* is writing there; expected another"):
+                files.hold(tmp_path / "runs/../runs/one")
+            files.hold(tmp_path / "runs/two")
+            other.send_signal(end)
+            other.wait()
         done = subprocess.run([sys.executable, "-c", f"import files; files.hold({str(out)!r})"], cwd=ROOT)
         assert done.returncode == 0
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".two.lock"]  # this process's own

@@ -8,7 +8,7 @@ import sys
 import faiss
 import numpy as np
 import pytest
-from conftest import ROOT, random_texts, tiny_encoder, write_json
+from conftest import ROOT, held_elsewhere, random_texts, tiny_encoder, write_json
 from safetensors.numpy import save_file
 
 import retrieve
@@ -254,6 +254,12 @@ def test_build_warns_of_records_without_an_answer(tiny, tmp_path, capsys):
     data = jsonl(tmp_path / "data.jsonl", [{"instruction": "pain?"}, {"instruction": "fever?", "response": "Yes."}])
     status, _, err = run(capsys, "build", "--data", data, "--encoder", tiny.directory, "--out", tmp_path / "index")
     assert status == 0 and "warning: 1 records have no answer to learn from; ttt.py will pass over them" in err
+
+
+def test_two_builds_do_not_write_one_index(tmp_path, capsys):
+    with held_elsewhere(tmp_path / "index") as other:
+        status, _, err = run(capsys, "build", "--data", tmp_path / "none.jsonl", "--out", tmp_path / "index")
+    assert status == 2 and f"index: process {other.pid} on " in err
 
 
 def test_searches_use_the_instruction_the_index_was_built_with(tiny, tmp_path, capsys):

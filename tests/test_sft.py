@@ -13,7 +13,7 @@ import pytest
 import ranks
 import torch
 import transformers
-from conftest import CONFIG, ROOT, assert_close, gradients, random_examples, tiny_llama
+from conftest import CONFIG, ROOT, assert_close, gradients, held_elsewhere, random_examples, tiny_llama
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -290,14 +290,11 @@ def test_bad_rows_can_be_skipped_and_gz_is_read(base, tmp_path):
 
 def test_two_runs_do_not_share_a_folder(base, rows_file, tmp_path):
     """Nor with --resume; a plan may be looked at."""
-    code = f"import files, time; files.hold({str(tmp_path / 'out')!r}); print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
+    with held_elsewhere(tmp_path / "out") as other:
         for more in ((), ("--resume",)):
             done = command(*arguments(base, rows_file, tmp_path / "out", *more))
             assert done.returncode == 2 and f"out: process {other.pid} on " in done.stderr, done.stderr
         assert command(*arguments(base, rows_file, tmp_path / "out", "--dry-run")).returncode == 0
-        other.kill()
     assert not (tmp_path / "out").exists()
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, bits, same, tiny, tiny_examples
+from conftest import ROOT, bits, held_elsewhere, same, tiny, tiny_examples
 from safetensors.torch import load_file, save_file
 
 import model as M
@@ -491,6 +491,15 @@ def test_answers_of_other_weights_or_another_index_at_the_same_place_are_not_gon
         index.save(tmp_path / "index")
     out = run(*arguments)
     assert out.returncode == 2 and f"made with another {what}; expected the same settings" in out.stderr
+
+
+def test_two_runs_do_not_write_one_file_of_answers(toy, run, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question": "What is asthma?"}\n')
+    with held_elsewhere(tmp_path / "a.jsonl") as other:
+        out = run("--questions", tmp_path / "q.jsonl", "--out", tmp_path / "a.jsonl", "--no-ttt", "--model",
+                  toy / "model")
+        assert out.returncode == 2 and f"a.jsonl: process {other.pid} on " in out.stderr
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_added_tokens_in_questions_are_named_once(toy, run):
