@@ -93,11 +93,10 @@ def answer_ids(tokenizer, messages, answer, start):
     return ids[start:max(i for i, trained in enumerate(mask) if trained) + 1]
 
 
-def rows_of_pair(prompt, chosen, rejected):
-    """The two training rows [(ids, labels), (ids, labels)] of a pair: prompt and chosen, prompt and rejected."""
+def rows_of_answers(prompt, *answers):
+    """The training rows [(ids, labels), …] of several answers to one prompt; only the answers have labels."""
     untrained = np.full(len(prompt) - 1, -100, dtype=np.int32)
-    return [(np.concatenate([prompt, answer[:-1]]), np.concatenate([untrained, answer]))
-            for answer in (chosen, rejected)]
+    return [(np.concatenate([prompt, answer[:-1]]), np.concatenate([untrained, answer])) for answer in answers]
 
 
 def show_example(tokenizer, ids, labels, colour=True):
@@ -193,34 +192,40 @@ def rounded_up(n, multiple):
     return n + -n % multiple
 
 
-def collate_pairs(pairs, shared=True):
-    """[(where, prompt, chosen, rejected)] -> one packed micro-batch [1, T], a dict as collate's.
+def collate_answers(rows, shared=True):
+    """[(where, prompt, answer, …)] -> one packed micro-batch [1, T], a dict as collate's, with any number of answers.
 
-    The model predicts an answer from the prompt's last token on, so that token opens both answers:
+    The model predicts an answer from the prompt's last token on, so that token opens every answer:
 
-        prompt[:-1] | prompt[-1], chosen[:-1] | prompt[-1], rejected[:-1]       the prompt once (shared)
-        prompt[:-1]   prompt[-1], chosen[:-1] | prompt[:-1]   prompt[-1], rejected[:-1]                (not shared)
+        prompt[:-1] | prompt[-1], one[:-1] | prompt[-1], other[:-1]       the prompt once (shared)
+        prompt[:-1]   prompt[-1], one[:-1] | prompt[:-1]   prompt[-1], other[:-1]                (not shared)
 
-    The positions of both answers go on from the prompt's, their labels are their own ids, and neither may see the
-    other: `documents` is [(length of a prefix, [lengths of its continuations])]. `parts` are the lengths of the pieces
-    of T that end with a chosen or a rejected answer, in turn, and of the filling up to a multiple of 8; `lengths`
-    [N, 2] int64 are those of the answers alone. Without pairs the micro-batch holds untrained tokens. Sharing saves the
-    second prompt (prompts of 146 tokens: 1.00 s a pair against 1.15).
+    The positions of all answers go on from the prompt's, their labels are their own ids, and none may see another:
+    `documents` is [(length of a prefix, [lengths of its continuations])], see fast.attend_documents. `parts` are the
+    lengths of the pieces of T that end with an answer, in order, and of the filling up to a multiple of 8. Without rows
+    the micro-batch holds untrained tokens. Sharing saves the other prompts (two of 146 tokens: 1.00 s against 1.15).
     """
-    rows, positions, documents, parts, lengths = [], [], [], [], []
-    for _, prompt, *answers in pairs:
+    packed, positions, documents, parts = [], [], [], []
+    for _, prompt, *answers in rows:
         prefix = len(prompt) - 1
-        whole = rows_of_pair(prompt, *answers)
+        first, *others = rows_of_answers(prompt, *answers)
         skipped = prefix if shared else 0
-        rows += [whole[0], tuple(part[skipped:] for part in whole[1])]
-        parts += [len(ids) for ids, _ in rows[-2:]]
-        positions += [torch.arange(len(whole[0][0])), torch.arange(skipped, len(whole[1][0]))]
-        documents += [(prefix, [len(answer) for answer in answers])] if shared else [(0, [n]) for n in parts[-2:]]
-        lengths.append([len(answer) for answer in answers])
+        pieces = [first, *(tuple(part[skipped:] for part in other) for other in others)]
+        packed += pieces
+        parts += [len(ids) for ids, _ in pieces]
+        positions += [torch.arange(start, prefix + len(answer))
+                      for start, answer in zip((0, *[skipped] * len(others)), answers)]
+        documents += [(prefix, [*map(len, answers)])] if shared else [(0, [len(ids)]) for ids, _ in pieces]
     tokens = sum(parts)
     spare = rounded_up(max(1, tokens), 8) - tokens  # a document of its own, in no part
-    rows.append((np.zeros(spare, np.int32), np.full(spare, -100, np.int32)))
-    ids, labels = (torch.from_numpy(np.concatenate(part)).long()[None] for part in zip(*rows))
+    packed.append((np.zeros(spare, np.int32), np.full(spare, -100, np.int32)))
+    ids, labels = (torch.from_numpy(np.concatenate(part)).long()[None] for part in zip(*packed))
     return {"ids": ids, "labels": labels, "positions": torch.cat([*positions, torch.arange(spare)]),
-            "documents": documents + [(0, [spare])] * (spare > 0), "parts": [*parts, spare], "tokens": tokens,
-            "lengths": torch.tensor(lengths, dtype=torch.long).view(-1, 2)}
+            "documents": documents + [(0, [spare])] * (spare > 0), "parts": [*parts, spare], "answers": len(parts),
+            "tokens": tokens}
+
+
+def collate_pairs(pairs, shared=True):
+    """[(where, prompt, chosen, rejected)] -> the micro-batch of collate_answers, with the answers' `lengths` [N, 2]."""
+    lengths = torch.tensor([[*map(len, answers)] for _, _, *answers in pairs], dtype=torch.long).view(-1, 2)
+    return collate_answers(pairs, shared) | {"lengths": lengths}

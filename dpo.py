@@ -13,7 +13,6 @@ cited at `dpo_loss`.
     python dpo.py --data PAIRS.jsonl --dry-run                              the plan: pairs, tokens, steps, memory
     python dpo.py --data PAIRS.jsonl --inspect 3                            three pairs as they are trained
 """
-import functools
 import hashlib
 import json
 import math
@@ -24,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import collate_pairs, render_pairs, rows_of_pair, split_step
-from fast import causal_attention, has_fast_bf16, return_freed_memory
+from data import collate_pairs, render_pairs, rows_of_answers, split_step
+from fast import answer_logps, has_fast_bf16, return_freed_memory
 from files import InputError, Parser, number, parse_json, run_main, written_aside
 from parallel import all_sum, computed_on_rank_0, from_all, stop
 from rows import pair_of
@@ -135,30 +134,9 @@ def check_loss(*, beta, label_smoothing, loss_type, alpha):
 # ----- both answers in one pass --------------------------------------------------------------------------------------
 
 
-def attend_documents(documents, q, k, v):
-    """Causal attention over packed `documents` (data.collate_pairs): a continuation sees its prefix and itself.
-
-    q [1, H, T, C], k and v [1, K, T, C] -> [1, H, T, C].
-    """
-    outputs, lengths = [], [prefix + sum(branches) for prefix, branches in documents]
-    for (prefix, branches), *qkv in zip(documents, *(x.split(lengths, 2) for x in (q, k, v))):
-        first, *others = branches
-        outputs.append(causal_attention(*(x[:, :, :prefix + first] for x in qkv)))
-        for n, answer in zip(others, zip(*(x[:, :, prefix + first:].split(others, 2) for x in qkv))):
-            queries, *seen = (torch.cat([x[:, :, :prefix], y], 2) for x, y in zip(qkv, answer))
-            if q.device.type == "cpu":  # a GPU's fast kernels take no mask: there the prefix's queries are computed
-                queries = answer[0]     # again and dropped
-            outputs.append(causal_attention(queries, *seen)[:, :, -n:])
-    return torch.cat(outputs, 2)
-
-
 def pair_logps(model, batch):
     """Summed log-probabilities [N, 2] in fp32 of the chosen and rejected answers of a micro-batch of collate_pairs."""
-    attend = functools.partial(attend_documents, batch["documents"])
-    logps = model(batch["ids"], labels=batch["labels"], positions=batch["positions"], attend=attend)  # [1, T]
-    sums = torch.stack([part.sum() for part in logps[0].split(batch["parts"])])
-    n = len(batch["lengths"])
-    return sums[:2 * n].view(n, 2)
+    return answer_logps(model, batch).view_as(batch["lengths"])
 
 
 def pair_tokens(pair):
@@ -344,7 +322,7 @@ def main(argv=None):
 def samples_of(pairs):
     """[(title, ids, labels), …]: the two rows of each pair, for --inspect."""
     return [(f"{where}, {name}", ids, labels) for where, *pair in pairs
-            for name, (ids, labels) in zip(("chosen", "rejected"), rows_of_pair(*pair))]
+            for name, (ids, labels) in zip(("chosen", "rejected"), rows_of_answers(*pair))]
 
 
 def lines_of_plan(run, pairs):

@@ -237,6 +237,30 @@ def attend_apart(documents, q, k, v):
     return torch.cat(outputs).transpose(0, 1)[None]
 
 
+def attend_documents(documents, q, k, v):
+    """Causal attention over packed `documents` (data.collate_answers): a continuation sees its prefix and itself.
+
+    q [1, H, T, C], k and v [1, K, T, C] -> [1, H, T, C].
+    """
+    outputs, lengths = [], [prefix + sum(branches) for prefix, branches in documents]
+    for (prefix, branches), *qkv in zip(documents, *(x.split(lengths, 2) for x in (q, k, v))):
+        first, *others = branches
+        outputs.append(causal_attention(*(x[:, :, :prefix + first] for x in qkv)))
+        for n, answer in zip(others, zip(*(x[:, :, prefix + first:].split(others, 2) for x in qkv))):
+            queries, *seen = (torch.cat([x[:, :, :prefix], y], 2) for x, y in zip(qkv, answer))
+            if q.device.type == "cpu":  # a GPU's fast kernels take no mask: there the prefix's queries are computed
+                queries = answer[0]     # again and dropped
+            outputs.append(causal_attention(queries, *seen)[:, :, -n:])
+    return torch.cat(outputs, 2)
+
+
+def answer_logps(model, batch):
+    """Summed log-probabilities in fp32 of all answers of a micro-batch of data.collate_answers, in their order."""
+    attend = functools.partial(attend_documents, batch["documents"])
+    logps = model(batch["ids"], labels=batch["labels"], positions=batch["positions"], attend=attend)  # [1, T]
+    return torch.stack([part.sum() for part in logps[0].split(batch["parts"])])[:batch["answers"]]
+
+
 def alike(lengths):
     """The lengths of consecutive documents in groups [[length, …], …] that lose little by being padded to their
     longest: at most a quarter is added to attention's products."""

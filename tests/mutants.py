@@ -90,9 +90,6 @@ MUTANTS = {
          "test_dpo.py::test_losses_by_hand"),
         ("margin = chosen / lengths[:, 0] - rejected / lengths[:, 1] if loss_type in PER_TOKEN else chosen - rejected",
          "margin = chosen - rejected", "test_dpo.py::test_margin_and_accuracy_are_what_the_loss_compares"),
-        ("queries, *seen = (torch.cat([x[:, :, :prefix], y], 2) for x, y in zip(qkv, answer))",
-         "queries, *seen = (torch.cat([x[:, :, :prefix + first], y], 2) for x, y in zip(qkv, answer))",
-         "test_dpo.py::test_one_pass_is_two_rows_is_the_textbook"),
         ("if not off <= ROUNDING[run.args.dtype]:", "if off > 1e9:",
          "test_dpo.py::test_a_reference_of_another_model_is_noticed_before_the_first_step")],
     "ttt.py": [
@@ -152,6 +149,9 @@ MUTANTS = {
         ("rest = rest[file.write(rest):]", "file.write(rest); rest = b''",
          "test_parallel.py::test_a_full_temporary_folder_is_an_error_on_every_rank")],
     "fast.py": [
+        ("queries, *seen = (torch.cat([x[:, :, :prefix], y], 2) for x, y in zip(qkv, answer))",
+         "queries, *seen = (torch.cat([x[:, :, :prefix + first], y], 2) for x, y in zip(qkv, answer))",
+         "test_dpo.py::test_one_pass_is_two_rows_is_the_textbook"),
         ("from torch.autograd.function import once_differentiable", "once_differentiable = lambda backward: backward",
          "test_fast.py::test_a_second_derivative_is_refused"),
         ("scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()", "scale.square_().div_(x.shape[-1]).rsqrt_()",

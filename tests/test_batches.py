@@ -14,7 +14,7 @@ from data import (
     collate_pairs,
     render_pairs,
     render_rows,
-    rows_of_pair,
+    rows_of_answers,
     show_example,
     split_step,
     steps_of_epochs,
@@ -107,7 +107,7 @@ def test_rendering_keeps_prompts_cuts_answers_and_drops_what_says_nothing(smollm
     assert tokenizer.decode(ids).endswith("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(chosen) == "The nurse.<|im_end|>" and tokenizer.decode(rejected) == "Nobody.<|im_end|>"
     assert len(cut[1]) == prompt and len(cut[2]) == len(cut[3]) == 21  # the last of 21 is no input: 20 + the prompt
-    shown = show_example(tokenizer, *rows_of_pair(ids, chosen, rejected)[1], colour=False)
+    shown = show_example(tokenizer, *rows_of_answers(ids, chosen, rejected)[1], colour=False)
     assert shown.endswith("Who?<|im_end|>\n<|im_start|>assistant\n⟦Nobody.<|im_end|>⟧")
     with pytest.raises(InputError, match="bad: half a character"):
         render_pairs(tokenizer, [("bad", (PROMPT, "\ud800", "No."))], 60)

@@ -208,7 +208,7 @@ def test_one_pass_is_two_rows_is_the_textbook():
             logps = torch.cat([pair_logps(model, collate_pairs(part, shared)) for part in parts])
             assert (logps - expected).abs().max() <= 1e-6 * expected.abs().max()
             assert_close(expected_gradients, gradients(model, (logps * weights).sum()), 1e-5)
-    rows = data.rows_of_pair(*pairs[0][1:])
+    rows = data.rows_of_answers(*pairs[0][1:])
     for (ids, labels), value in zip(rows, expected[0]):
         logps, n = sequence_logps(model(torch.from_numpy(ids).long()[None]), torch.from_numpy(labels).long()[None])
         assert logps.item() == pytest.approx(value.item(), rel=1e-6) and n == (labels != -100).sum()
