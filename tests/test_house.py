@@ -32,10 +32,17 @@ MAY_IMPORT = {
     "encoder": {"data", "parallel", "weights"},
     "retrieve": {"encoder"},
     "ttt": {"generate", "data", "retrieve", "snapshot"},
+    "stats": set(),
+    "plot": {"files"},
+    "benchmarks": {"rows"},
+    "leaks": {"retrieve"},
+    "arms": {"benchmarks", "leaks"},
+    "report": {"files", "stats"},
+    "evaluate": {"ttt", "arms", "report"},
 }
 DEPENDENCIES = {"torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "faiss", "tqdm"}  # by import name
 # imported in the function that needs them, pyarrow with an error that names the extra; torch itself needs jinja2
-EXTRAS = {"files": {"pyarrow"}, "chat": {"jinja2"}}
+EXTRAS = {"files": {"pyarrow"}, "chat": {"jinja2"}, "plot": {"matplotlib", "sklearn"}}
 README_BYTES = 10_000  # 12,000 when evaluation, data synthesis and serving stand
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
 

@@ -1,0 +1,207 @@
+"""An evaluation's folder in numbers and words: each arm, and paired comparisons of arms and of models.
+
+    results.jsonl, timings.jsonl  →  of_arm: mean and interval, accuracy, seconds, memory
+                                     compared: one − other, question by question, with its p and the effect it could see
+
+Statistics after Miller (arXiv 2411.00640): differences are taken within a question, intervals and p-values are
+clustered by the rows' group, and stand beside the smallest effect that a run of this size would have seen with 80 %
+power. p-values are Holm's over all comparisons but the one that was named beforehand (the primary). At the sizes people
+run, accuracy resolves 7 points (300 questions of which 20 % change), so bits per byte and margins are the endpoints.
+"""
+from pathlib import Path
+
+import numpy as np
+
+import stats
+from files import InputError, finished_rows, read_json, write_json
+
+OUR_ROW = b'{"number": '  # how each row of results.jsonl begins
+ENDPOINTS = {"bpb": ("bpb", "bits per byte", -1), "loglik": ("margin", "nats of margin", 1),  # 1: more is better
+             "generate": ("correct", "of the questions", 1)}
+PAIRS = (("nearest", "random"), ("nearest", "context"), ("context", "random-context"), ("nearest+context", "context"))
+
+
+def kind_of(arm):
+    return arm.partition(":")[0]
+
+
+def pairs_of(arms, primary=None):
+    """[(arm, the arm it is compared with)], the primary comparison first: by default nearest − context, else the first.
+
+    `arms` {name: k}. Every arm is compared with the run's first, and those of PAIRS with each other, at the same k if
+    there is one.
+    """
+    names = list(arms)
+    pairs = [(arm, names[0]) for arm in names[1:]]
+    for kind, other in PAIRS:
+        for arm in names:
+            others = [name for name in names if kind_of(name) == other]
+            if kind_of(arm) == kind and others:
+                pairs.append((arm, next((name for name in others if arms[name] == arms[arm]), others[0])))
+    pairs = list(dict.fromkeys(pairs))
+    if primary is None:
+        primary = next((pair for pair in pairs if tuple(map(kind_of, pair)) == ("nearest", "context")), None)
+    elif primary not in pairs:
+        pairs.append(primary)
+    return sorted(pairs, key=lambda pair: pair != primary)  # stable
+
+
+def compared(measure, one, other, names, primary):
+    """The paired comparison of two lists of rows of the same questions: one − other."""
+    endpoint = ENDPOINTS[measure][0]
+    a, b = (np.array([float(row[endpoint]) for row in rows]) for rows in (other, one))
+    groups = [row["group"] for row in one]
+    found = {"arm": names[0], "against": names[1], "primary": primary, **stats.paired(a, b, groups),
+             "smallest_effect": stats.smallest_effect(a, b, groups),
+             "worse": stats.worse_share(gains(measure, one, other), 0.01)}
+    if measure != "bpb":
+        gained = sum(x["correct"] and not y["correct"] for x, y in zip(one, other))
+        lost = sum(y["correct"] and not x["correct"] for x, y in zip(one, other))
+        found["mcnemar"] = {"gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost), "smallest_effect":
+                            stats.smallest_accuracy_effect((gained + lost) / len(one), len(one))}
+    return found
+
+
+def gains(measure, one, other):
+    """How much better each question became: in shares of its bits per byte, in the probability of the right option
+    among the options, or from wrong (0) to right (1)."""
+    if measure == "bpb":
+        return np.array([1 - x["bpb"] / y["bpb"] for x, y in zip(one, other)])
+    name = "p_gold" if measure == "loglik" else "correct"
+    return np.array([float(x[name]) - float(y[name]) for x, y in zip(one, other)])
+
+
+def with_holm(comparisons):
+    """Adds p_holm to every test but that of the one primary comparison."""
+    tests = [test for comparison in comparisons for test in (comparison, comparison.get("mcnemar"))
+             if test and not test.get("primary")]
+    for test, p in zip(tests, stats.holm([test["p"] for test in tests])):
+        test["p_holm"] = p
+    return comparisons
+
+
+def of_arm(measure, rows, timings):
+    """What is reported of one arm."""
+    endpoint, n = ENDPOINTS[measure][0], len(rows)
+    found = {"n": n, **stats.mean_interval(np.array([float(row[endpoint]) for row in rows]),
+                                           [row["group"] for row in rows])}
+    if measure != "bpb":
+        found |= accuracy(rows)
+        if kinds := {row["kind"] for row in rows if "kind" in row}:
+            found["by_kind"] = {kind: {"n": len(own), **accuracy(own)} for kind in sorted(kinds)
+                                for own in [[row for row in rows if row.get("kind") == kind]]}
+    if measure == "loglik":
+        found["accuracy_by_byte"] = sum(row["correct_by_byte"] for row in rows) / n
+    if measure == "generate":
+        parsed = [row for row in rows if row["choice"] is not None]
+        found |= {"unparsed": 1 - len(parsed) / n, "truncated": sum(row["truncated"] for row in rows) / n,
+                  "first_match": sum(row["first"] == row["gold"] for row in rows) / n,
+                  "best_of_two": sum(row["best_of_two"] for row in rows) / n,
+                  "without_unparsed": sum(row["correct"] for row in parsed) / len(parsed) if parsed else None}
+    if timings:
+        found |= {"seconds": sum(one["seconds"] for one in timings) / sum(one["questions"] for one in timings),
+                  "memory_gb": max(one["memory_gb"] for one in timings)}
+    return found
+
+
+def accuracy(rows):
+    right = sum(row["correct"] for row in rows)
+    low, high = stats.wilson(right, len(rows))
+    return {"accuracy": right / len(rows), "accuracy_low": low, "accuracy_high": high}
+
+
+def results_of(out):
+    """(the settings of an evaluation's folder, {arm: [its rows, by question]})."""
+    settings, rows = read_json(Path(out) / "config.json"), {}
+    for _, row in finished_rows(Path(out) / "results.jsonl", OUR_ROW):
+        rows.setdefault(row["arm"], []).append(row)
+    if not rows or len({len(own) for own in rows.values()}) > 1 or set(rows) != set(settings["arms"]):
+        raise InputError(f"{out}: not every question has a result of every arm; expected a run that was finished")
+    return settings, rows
+
+
+def summarise(out, primary=None):
+    """Writes out/summary.json from results.jsonl and timings.jsonl, and returns it."""
+    settings, rows = results_of(out)
+    measure, arms = settings["measure"], settings["arms"]
+    first = rows[next(iter(arms))]
+    timings = [row for _, row in finished_rows(Path(out) / "timings.jsonl", b'{"arm": ')]
+    summary = {"measure": measure, "benchmark": settings["benchmark"], "model": settings["model"],
+               "questions": len(first), "arms": {
+                   arm: of_arm(measure, rows[arm], [one for one in timings if one["arm"] == arm]) for arm in arms}}
+    if measure != "bpb":
+        gold = [row["gold"] for row in first]
+        summary["baselines"] = {"majority": max(map(gold.count, set(gold))) / len(gold)}
+        if measure == "loglik":
+            summary["baselines"]["random"] = sum(1 / len(row["logps"]) for row in first) / len(gold)
+    with_records = [row for own in rows.values() for row in own if "masked" in row]
+    if with_records:
+        summary["records"] = {
+            "masked": {rule: sum(row["masked"].get(rule, 0) for row in with_records)
+                       for rule in sorted({rule for row in with_records for rule in row["masked"]})},
+            "left_out": sum(row["left_out"] for row in with_records)}
+    pairs = pairs_of(arms, primary)
+    summary["comparisons"] = with_holm([
+        compared(measure, rows[arm], rows[other], (arm, other), i == 0) for i, (arm, other) in enumerate(pairs)])
+    write_json(Path(out) / "summary.json", summary)
+    return summary
+
+
+def show(summary):
+    """Prints the table of a summary, with a sentence under it for each comparison."""
+    measure = summary["measure"]
+    print(f"{summary['benchmark']}, {summary['questions']} questions, {summary['model']}")
+    heading = {"bpb": "bits per byte", "loglik": "margin, nats", "generate": "right"}[measure]
+    columns = [heading, "95 % interval", *(["accuracy", "95 % interval"] if measure == "loglik" else []),
+               "s a question", "GB"]
+    table = []
+    for name, arm in summary["arms"].items():
+        cells = [f"{arm['mean']:.4f}", f"{arm['low']:.4f} to {arm['high']:.4f}"]
+        if measure == "generate":
+            cells = [f"{arm['accuracy']:.1%}", f"{arm['accuracy_low']:.1%} to {arm['accuracy_high']:.1%}"]
+        elif measure == "loglik":
+            cells += [f"{arm['accuracy']:.1%}", f"{arm['accuracy_low']:.1%} to {arm['accuracy_high']:.1%}"]
+        table.append([name, *cells, *(f"{arm[key]:.2f}" if key in arm else "" for key in ("seconds", "memory_gb"))])
+    print_table(["arm", *columns], table)
+    for name, arm in summary["arms"].items():
+        for kind, own in arm.get("by_kind", {}).items():
+            print(f"{name}, {kind}: {own['accuracy']:.1%} of {own['n']} "
+                  f"({own['accuracy_low']:.1%} to {own['accuracy_high']:.1%})")
+        if measure == "loglik":
+            print(f"{name}, by byte: {arm['accuracy_by_byte']:.1%}")
+        if measure == "generate":
+            kept = arm["without_unparsed"]
+            print(f"{name}: {arm['unparsed']:.1%} gave no answer and count as wrong, {arm['truncated']:.1%} were cut. "
+                  f"Laxer scorers: first match {arm['first_match']:.1%}, the better of first and last "
+                  f"{arm['best_of_two']:.1%}, without the unparsed {'–' if kept is None else f'{kept:.1%}'}")
+    if "baselines" in summary:
+        print("; ".join(f"{name} {value:.1%}" for name, value in summary["baselines"].items()))
+    if "records" in summary:
+        masked = ", ".join(f"{n} by {rule}" for rule, n in summary["records"]["masked"].items()) or "none"
+        print(f"records masked: {masked}; left out: {summary['records']['left_out']}")
+    for comparison in summary["comparisons"]:
+        print(sentence(measure, comparison))
+
+
+def sentence(measure, c):
+    """A comparison in words."""
+    unit, better = ENDPOINTS[measure][1:]
+    words = f"{c['arm']} − {c['against']}: {c['difference']:+.4f} {unit} ({c['low']:+.4f} to {c['high']:+.4f}, "
+    words += f"p = {c['p']:.3g}, the primary comparison)" if c["primary"] else f"p = {c['p_holm']:.3g} by Holm)"
+    verdict = "no difference was shown" if c["low"] <= 0 <= c["high"] else \
+        "better" if c["difference"] * better > 0 else "worse"
+    worse = c["worse"]
+    words += (f"; {verdict}; the run could have seen {c['smallest_effect']:.4f}; {worse['count']} of {c['n']} "
+              f"questions became worse by more than 1 % (at most {worse['upper']:.0%} of all)")
+    if m := c.get("mcnemar"):
+        p = f"p = {m['p']:.3g}" if "p_holm" not in m else f"p = {m['p_holm']:.3g} by Holm"
+        words += (f"; {m['gained']} became right and {m['lost']} wrong (McNemar {p}; could have seen "
+                  f"{m['smallest_effect']:.1%})")
+    return words
+
+
+def print_table(columns, rows):
+    """Prints a Markdown table."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    for row in [columns, ["-" * width for width in widths], *rows]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")

@@ -1,0 +1,128 @@
+"""report.py beside numbers worked out by hand, on folders written here."""
+import json
+
+import pytest
+
+import report
+from files import InputError
+
+ARMS = {"none": 4, "nearest": 4, "context:k=2": 2, "random": 4}
+
+
+def write_run(folder, measure, rows, arms=ARMS, timings=()):
+    """An evaluation's folder; rows {arm: [{the measure's fields}, …]}."""
+    folder.mkdir()
+    settings = {"measure": measure, "benchmark": "medqa", "model": "models/x", "arms": arms}
+    (folder / "config.json").write_text(json.dumps(settings))
+    lines = [json.dumps({"number": i, "arm": arm, "group": str(i // 2), **own[i]})
+             for i in range(len(rows[next(iter(arms))])) for arm, own in rows.items()]
+    (folder / "results.jsonl").write_text("".join(line + "\n" for line in lines))
+    (folder / "timings.jsonl").write_text("".join(json.dumps(one) + "\n" for one in timings))
+    return folder
+
+
+def bpb(*values):
+    return [{"bpb": value, "nats": value, "bytes": 1, "tokens": 1} for value in values]
+
+
+def choices(letters, gold="AABB", margins=None):
+    margins = margins or [1.0] * len(letters)
+    return [{"gold": g, "choice": c, "correct": c == g, "choice_by_byte": "A", "correct_by_byte": g == "A",
+             "margin": m, "p_gold": 0.5, "logps": [-1.0, -2.0]} for c, g, m in zip(letters, gold, margins)]
+
+
+def test_every_arm_is_compared_with_the_first_and_with_its_control_at_the_same_k():
+    arms = {"none": 4, "nearest:k=2": 2, "nearest": 4, "random": 4, "context:k=2": 2, "context": 4,
+            "nearest+context": 4}
+    pairs = report.pairs_of(arms)
+    assert pairs[0] == ("nearest:k=2", "context:k=2")  # the first of nearest − context
+    assert set(pairs) == {*((arm, "none") for arm in list(arms)[1:]), ("nearest:k=2", "random"), ("nearest", "random"),
+                          ("nearest:k=2", "context:k=2"), ("nearest", "context"), ("nearest+context", "context")}
+    assert len(pairs) == len(set(pairs))
+    assert report.pairs_of(arms, ("random", "context"))[0] == ("random", "context")
+    assert report.pairs_of(arms, ("nearest", "none"))[0] == ("nearest", "none")
+    assert report.pairs_of({"none": 4}) == [] and report.pairs_of({"none": 4, "random": 4}) == [("random", "none")]
+
+
+def test_means_and_differences_by_hand(tmp_path):
+    """nearest − none is −0.1, −0.2, 0, +0.1: a mean of −0.05; one of four is worse by more than 1 %."""
+    timings = [{"arm": "nearest", "questions": 1, "seconds": 3.0, "memory_gb": 1.5},
+               {"arm": "nearest", "questions": 3, "seconds": 5.0, "memory_gb": 1.0}]
+    folder = write_run(tmp_path / "run", "bpb", {
+        "none": bpb(1.0, 1.0, 2.0, 2.0), "nearest": bpb(0.9, 0.8, 2.0, 2.1), "context:k=2": bpb(1.0, 1.0, 2.019, 2.021),
+        "random": bpb(1.0, 1.0, 2.0, 2.0)}, timings=timings)
+    found = report.summarise(folder)
+    assert found == json.loads((folder / "summary.json").read_text()) and found["questions"] == 4
+    nearest = found["arms"]["nearest"]
+    assert nearest["mean"] == pytest.approx(1.45) and nearest["seconds"] == 2.0 and nearest["memory_gb"] == 1.5
+    by_pair = {(one["arm"], one["against"]): one for one in found["comparisons"]}
+    one = by_pair["nearest", "none"]
+    assert one["difference"] == pytest.approx(-0.05) and one["worse"]["count"] == 1 and one["clusters"] == 2
+    assert by_pair["context:k=2", "none"]["worse"]["count"] == 1  # 2.019 is 0.95 % worse, 2.021 is 1.05 %
+    assert by_pair["nearest", "context:k=2"]["primary"] and "p_holm" not in by_pair["nearest", "context:k=2"]
+    others = [one for one in found["comparisons"] if not one["primary"]]
+    assert len(others) == 4 and [one["p_holm"] for one in others] == report.stats.holm([one["p"] for one in others])
+
+
+def test_accuracy_baselines_and_changed_answers(tmp_path):
+    """none has A A B A of gold A A B B; context:k=2 gains the last and loses the first."""
+    folder = write_run(tmp_path / "run", "loglik", {
+        "none": choices("AABA", margins=[1.0, 1.0, 1.0, -1.0]), "nearest": choices("AABA"),
+        "context:k=2": choices("BABB", margins=[-1.0, 1.0, 1.0, 3.0]), "random": choices("AABA")})
+    found = report.summarise(folder)
+    none = found["arms"]["none"]
+    assert none["accuracy"] == 0.75 and none["mean"] == 0.5 and none["accuracy_by_byte"] == 0.5
+    assert (none["accuracy_low"], none["accuracy_high"]) == report.stats.wilson(3, 4)
+    assert found["baselines"] == {"majority": 0.5, "random": 0.5}
+    one = next(one for one in found["comparisons"] if (one["arm"], one["against"]) == ("context:k=2", "none"))
+    assert one["difference"] == pytest.approx(0.5) and (one["mcnemar"]["gained"], one["mcnemar"]["lost"]) == (1, 1)
+    assert one["mcnemar"]["p"] == 1.0 and "p_holm" in one["mcnemar"]
+
+
+def test_laxer_scorers_stand_beside(tmp_path):
+    last_and_first = (("A", "B"), ("B", "A"), (None, "A"), ("A", "A"))
+    rows = [{"gold": "A", "choice": last, "correct": last == "A", "first": first, "truncated": last is None,
+             "best_of_two": "A" in (last, first)} for last, first in last_and_first]
+    found = report.summarise(write_run(tmp_path / "run", "generate", {"none": rows}, {"none": 4}))
+    none = found["arms"]["none"]
+    assert [none[key] for key in ("accuracy", "unparsed", "truncated", "first_match", "best_of_two")] \
+        == [0.5, 0.25, 0.25, 0.75, 1.0]
+    assert none["without_unparsed"] == pytest.approx(2 / 3) and found["comparisons"] == []
+
+
+def test_kinds_of_questions_are_told_apart(tmp_path):
+    rows = [row | {"kind": kind} for row, kind in zip(choices("AAAA"), ("single", "multi", "single", "multi"))]
+    found = report.summarise(write_run(tmp_path / "run", "loglik", {"none": rows}, {"none": 4}))
+    assert {kind: (own["n"], own["accuracy"]) for kind, own in found["arms"]["none"]["by_kind"].items()} \
+        == {"single": (2, 0.5), "multi": (2, 0.5)}
+
+
+def test_the_table_and_the_sentences(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", "bpb", {"none": bpb(1.0, 1.2, 0.9, 1.1), "random": bpb(1.5, 1.6, 1.4, 1.6)},
+                       {"none": 4, "random": 4})
+    report.show(report.summarise(folder))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "medqa, 4 questions, models/x" and lines[3].startswith("| none   | 1.0500 ")
+    assert lines[-1].startswith("random − none: +0.4750 bits per byte (") and "the primary comparison" in lines[-1]
+    assert "4 of 4 questions became worse by more than 1 % (at most 100% of all)" in lines[-1]
+
+
+@pytest.mark.parametrize("measure, difference, verdict", [
+    ("bpb", -0.1, "better"), ("bpb", 0.1, "worse"), ("loglik", 0.1, "better"), ("generate", -0.1, "worse")])
+def test_less_is_better_of_bits_and_worse_of_margins(measure, difference, verdict):
+    comparison = {"arm": "a", "against": "b", "primary": True, "difference": difference, "p": 0.01, "n": 9,
+                  "low": difference - 0.05, "high": difference + 0.05, "smallest_effect": 0.1,
+                  "worse": {"count": 1, "upper": 0.4}}
+    assert f"; {verdict}; the run could have seen 0.1000;" in report.sentence(measure, comparison)
+    comparison |= {"low": -0.2, "high": 0.2}
+    assert "; no difference was shown;" in report.sentence(measure, comparison)
+
+
+def test_a_run_that_is_not_finished_is_refused(tmp_path):
+    folder = write_run(tmp_path / "run", "bpb", {"none": bpb(1.0, 1.0)}, {"none": 4, "random": 4})
+    with pytest.raises(InputError, match="not every question has a result of every arm"):
+        report.summarise(folder)
+    with open(folder / "results.jsonl", "a") as file:
+        file.write(json.dumps({"number": 0, "arm": "random", "group": "0", **bpb(1.0)[0]}) + "\n")
+    with pytest.raises(InputError, match="not every question has a result of every arm"):
+        report.summarise(folder)
