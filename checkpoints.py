@@ -134,7 +134,10 @@ def remove_old_checkpoints(world, folder, keep, verified):
         if good < keep:
             good += computed_on_rank_0(world, lambda path=path: fault_unless(verified, path)) is None
         elif world.rank == 0:
-            remove(path)
+            try:
+                remove(path)
+            except OSError as error:  # the new one is saved, and the other ranks go on
+                print(f"could not remove {path}: {one_line(error)}", file=sys.stderr)
 
 
 def fault_unless(verified, path):

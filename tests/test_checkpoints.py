@@ -305,6 +305,24 @@ def test_nothing_is_read_again_unless_something_is_removed_on_its_account(tmp_pa
     assert [path.name[-1] for path in checkpoints_of(tmp_path)] == ["7", "6", "5", "4"]
 
 
+def save_where_none_can_be_removed(folder):
+    """What this rank prints over two saves, of which one is to be kept."""
+    def refuse(path):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+    checkpoints.remove, sys.stderr = refuse, io.StringIO()
+    world = start("cpu")
+    for step in (1, 2):
+        save_tensors(world, folder, step, sharded(world, step), {"facts": {}}, keep=1)
+    stop(world)
+    return sys.stderr.getvalue()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stops_no_rank(tmp_path):
+    said = f"could not remove {tmp_path}/step-000001: {tmp_path}/step-000001: Directory not empty\n"
+    assert run_ranks(2, save_where_none_can_be_removed, tmp_path) == [said, ""]
+    assert len(checkpoints_of(tmp_path)) == 2
+
+
 def test_scraps_of_other_steps_are_cleared_by_the_next_save(tmp_path):
     run_ranks(1, save_with_fault, tmp_path, 4, "kill after")
     assert len(list(tmp_path.iterdir())) == 2 and not checkpoints_of(tmp_path)
