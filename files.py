@@ -58,7 +58,8 @@ def run_main(main):
         print("error:", one_line(error), file=sys.stderr)
         sys.exit(1 if getattr(error, "errno", None) in DISK_FAILS else 2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # of CUDA
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # of CUDA
+                or "DefaultCPUAllocator" in str(error)):
             raise
         print("error: out of memory", file=sys.stderr)
         sys.exit(1)
@@ -299,11 +300,11 @@ def appended(path):
     """`with appended(path) as append:` append(row) puts a dict behind the finished rows of a jsonl file, on disk before
     it returns. A half-written last line is cut off: call `finished_rows` first, which refuses a foreign file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
+    with naming(path), open(path, "ab") as file:
         file.truncate(complete_lines(path)[1])
 
-        def append(row):
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        def append(row):  # half a character, as in a file's name that is not UTF-8, becomes JSON's escape
+            file.write(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
             file.flush()
             os.fsync(file.fileno())
         yield append
@@ -336,7 +337,9 @@ def hold(path):
     The lock is on the file .NAME.lock beside it, which holds the process's number. Where there are no locks, a line
     says so.
     """
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
+    if not path.name:
+        raise InputError(f"{path}: found no name to write to; expected the path of a new file or folder")
     if path in HELD:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -350,11 +353,12 @@ def hold(path):
                          "ended") from None
     if not has_lock:
         print(f"{path}: the disk has no locks that would keep other runs away", file=sys.stderr)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
     HELD[path] = file
     atexit.register(release, path, lock, os.getpid())
+    with naming(lock):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
 
 
 def release(path, lock, pid):
@@ -388,6 +392,17 @@ def locked(path, wait=False):
 # ----- writing -------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
+def naming(path):
+    """Inside, an error of the disk is raised as one of `path`: a failed write names no file, or the one aside."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FAILS:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+@contextlib.contextmanager
 def written_aside(path):
     """`with written_aside(path) as aside:` write a file or a folder to `aside`; on leaving it becomes `path`.
 
@@ -402,22 +417,17 @@ def written_aside(path):
     target.parent.mkdir(parents=True, exist_ok=True)
     clear_scraps(target.parent)
     aside = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    with contextlib.ExitStack() as stack:
-        try:
-            mode = stack.enter_context(marked_as_living(aside))
-            stack.callback(remove, aside)
-            yield aside
-            share(aside, mode)
-            flush(aside)
-            if target.is_dir() and aside.is_dir():
-                exchange(aside, target)
-            else:
-                os.replace(aside, target)
-            flush(target.parent, recursive=False)
-        except OSError as error:
-            if error.errno in DISK_FAILS:  # a failed write names no file, or the one aside
-                raise OSError(error.errno, error.strerror, str(path)) from None
-            raise
+    with naming(path), contextlib.ExitStack() as stack:
+        mode = stack.enter_context(marked_as_living(aside))
+        stack.callback(remove, aside)
+        yield aside
+        share(aside, mode)
+        flush(aside)
+        if target.is_dir() and aside.is_dir():
+            exchange(aside, target)
+        else:
+            os.replace(aside, target)
+        flush(target.parent, recursive=False)
 
 
 @contextlib.contextmanager
@@ -432,7 +442,8 @@ def marked_as_living(aside):
         with locked(lock, wait=True)[0] as file:  # wait: another process may just look whether it is a scrap
             yield os.fstat(file.fileno()).st_mode & 0o777
     finally:
-        lock.unlink(missing_ok=True)
+        if not os.path.lexists(aside):  # else a second signal struck in the removal, which the next program repeats
+            lock.unlink(missing_ok=True)
 
 
 def clear_scraps(folder):
@@ -456,7 +467,8 @@ def share(path, mode):
 def write_json(path, value):
     """Writes `value` as indented JSON, aside and renamed."""
     with written_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # as in `appended`
 
 
 def remove(path):
@@ -482,11 +494,14 @@ def flush(path, recursive=True):
 
 
 def exchange(new, old):
-    """Swaps two folders on the same disk. Linux does it in one step; elsewhere two renames, the old one kept aside."""
+    """Swaps two folders on the same disk. Linux does it in one step; elsewhere, and on a network disk, three renames."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 and renameat2(-100, os.fsencode(new), -100, os.fsencode(old), 2) == 0:  # AT_FDCWD, RENAME_EXCHANGE
         return
-    spare = old.with_name(f".{old.name}.replaced-{os.getpid()}")
-    os.rename(old, spare)
-    os.rename(new, old)
-    remove(spare)
+    spare = new.with_name(f"{new.name}.old")
+    try:
+        os.rename(old, spare)
+        os.rename(new, old)
+    finally:  # a failure or a signal on the way puts the old one back
+        if spare.exists():
+            os.rename(spare, new if old.exists() else old)
