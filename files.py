@@ -494,7 +494,7 @@ def flush(path, recursive=True):
 
 
 def exchange(new, old):
-    """Swaps two folders on the same disk. Linux does it in one step; elsewhere, and on a network disk, three renames."""
+    """Swaps two folders on the same disk. Linux does it in one step; elsewhere and on NFS, three renames."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 and renameat2(-100, os.fsencode(new), -100, os.fsencode(old), 2) == 0:  # AT_FDCWD, RENAME_EXCHANGE
         return

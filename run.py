@@ -40,7 +40,7 @@ from files import (
     write_json,
 )
 from model import LlamaConfig, open_checkpoint
-from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded_like, shared_rows, start
+from parallel import World, computed_on_rank_0, from_all, full, sharded_like, shared_rows, start
 from rows import draw_rows
 from tokenizer import Tokenizer, notice_of
 from train import epochs_of, load_checkpoint, load_training, micro_batches_of
@@ -138,7 +138,8 @@ def open_run(args, name, fixed=()):
         raise InputError(f"--max-length {args.max_length}: found more than the model's context of "
                          f"{run.config.max_position_embeddings} tokens, expected at most that")
     if not args.dry_run and not args.inspect:
-        computed_on_rank_0(world, lambda: hold(run.out))
+        # by a file in --out, because the folder above may be another's, as that of a disk mounted for the run
+        computed_on_rank_0(world, lambda: hold(run.out / "config.json"))
         earlier = "the checkpoints" if checkpoints_of(run.out / "checkpoints") else \
             "the model" if (run.out / "model/config.json").is_file() else None
         if earlier and not args.resume:
@@ -288,8 +289,8 @@ def begin(run):
                               "data": [one["sha256"] for one in run.files]}
     if args.resume:
         run.checkpoint = checkpoint_to_resume(world, run.out / "checkpoints", run.facts)
-    if world.rank == 0:
-        write_json(run.out / "config.json", vars(args) | {"files": run.files, "plan": run.plan})
+    computed_on_rank_0(world, lambda: write_json(run.out / "config.json",
+                                                 vars(args) | {"files": run.files, "plan": run.plan}))
     # the activations of a row longer than --micro-tokens are computed again in backward, not kept
     above = 0 if args.activation_checkpointing else args.micro_tokens
     return load_training(args.model, world, dtype=DTYPES[args.dtype], weight_decay=args.weight_decay,
@@ -367,22 +368,29 @@ def export_model(training, directory, *, source, dtype, card):
     folder `source`; `card` is the text of README.md.
     """
     model, world = training.model, training.world
+    left = dict.fromkeys(checkpoint_names(model.config))
 
     def gathered(name):
+        del left[name]
         return full(sharded_like(world, model.get_parameter(name), training.masters[name]))
 
     def add_files(folder):
         say_what_was_trained(folder, source)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
         if is_llama3(model.config):
             (folder / "NOTICE").write_text(LLAMA_NOTICE, encoding="utf-8")
-    if world.rank == 0:
-        write_checkpoint(directory, model.config, gathered, source=source, dtype=dtype, seed=training.seed,
-                         add_files=add_files)
-    else:
-        for name in checkpoint_names(model.config):
-            gathered(name)
-    barrier(world)
+
+    def write():
+        try:
+            write_checkpoint(directory, model.config, gathered, source=source, dtype=dtype, seed=training.seed,
+                             add_files=add_files)
+        except OSError:  # the other ranks take part in the gathering of the rest, and then hear of it
+            for name in list(left):
+                gathered(name)
+            raise
+    for name in list(left) if world.rank else ():
+        gathered(name)
+    computed_on_rank_0(world, write)
 
 
 def say_what_was_trained(folder, source):

@@ -1,4 +1,5 @@
 """dpo.py: the losses by hand, beside TRL's and beside two plain models; the reference; the command as users meet it."""
+import errno
 import hashlib
 import json
 import math
@@ -26,7 +27,7 @@ import model as M
 import train
 from data import collate_pairs
 from dpo import dpo_loss, pair_logps, preference_loss, sequence_logps
-from files import InputError
+from files import InputError, one_line
 from parallel import World
 from tokenizer import Tokenizer
 
@@ -375,6 +376,21 @@ def test_a_killed_precompute_goes_on(base, pairs_file, trained, tmp_path):
     assert run_ranks(1, run_main, argv) == [1]
     assert torch.equal(load_file(tmp_path / "reference.safetensors")["logps"],
                        load_file(trained / "reference.safetensors")["logps"])
+
+
+def on_a_full_disk(argv):
+    def write_safetensors(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    dpo.write_safetensors = write_safetensors
+    try:
+        dpo.main(list(map(str, argv)))
+    except OSError as error:
+        return one_line(error)
+
+
+def test_a_reference_that_cannot_be_written_ends_every_rank(base, pairs_file, tmp_path):
+    said = run_ranks(2, on_a_full_disk, arguments(base, pairs_file, tmp_path))
+    assert said == [f"{tmp_path}/reference.safetensors: No space left on device"] * 2
 
 
 def test_ranks_and_micro_batches_change_nothing_but_the_order_of_sums(base, pairs_file, tmp_path):

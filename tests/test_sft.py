@@ -1,4 +1,5 @@
 """sft.py: the loss by hand and beside transformers, and the command as a user meets it."""
+import errno
 import gzip
 import json
 import math
@@ -17,6 +18,7 @@ from conftest import CONFIG, ROOT, assert_close, gradients, held_elsewhere, rand
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
+import files
 import model as M
 import sft
 import train
@@ -289,13 +291,39 @@ def test_bad_rows_can_be_skipped_and_gz_is_read(base, tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(base, rows_file, tmp_path):
-    """Nor with --resume; a plan may be looked at."""
-    with held_elsewhere(tmp_path / "out") as other:
+    """Nor with --resume; a plan may be looked at. The lock lies in the folder: the one above may be another's."""
+    with held_elsewhere(tmp_path / "out/config.json") as other:
         for more in ((), ("--resume",)):
             done = command(*arguments(base, rows_file, tmp_path / "out", *more))
-            assert done.returncode == 2 and f"out: process {other.pid} on " in done.stderr, done.stderr
+            assert done.returncode == 2 and f"out/config.json: process {other.pid} on " in done.stderr, done.stderr
         assert command(*arguments(base, rows_file, tmp_path / "out", "--dry-run")).returncode == 0
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".config.json.lock"]
+
+
+def refused(argv, full_disk=None):
+    """The OSError in one line that ends sft.main; files named `full_disk` cannot be written by rank 0."""
+    plain = files.flush
+
+    def flush(path, **more):
+        if full_disk and f".{full_disk}.partial" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(path, **more)
+    files.flush = flush
+    try:
+        sft.main([str(arg) for arg in argv])
+    except OSError as error:
+        return files.one_line(error)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused_on_every_rank(base, rows_file, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    assert run_ranks(2, refused, arguments(base, rows_file, tmp_path / "out")) == [f"{tmp_path}/out: File exists"] * 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "model"])
+def test_a_disk_that_is_full_on_rank_0_ends_every_rank(base, rows_file, tmp_path, name):
+    expected = [f"{tmp_path}/out/{name}: No space left on device"] * 2
+    assert run_ranks(2, refused, arguments(base, rows_file, tmp_path / "out", "--max-steps", 1), name) == expected
 
 
 def test_a_finished_model_without_checkpoints_is_not_overwritten(base, rows_file, trained, tmp_path):
