@@ -212,7 +212,10 @@ def load_tensors(world, path, tensors):
     """Fills `tensors` {name: tensor, sharded or not} in place; the number of ranks may have changed since the save."""
     computed_on_rank_0(world, lambda: check_metadata(path / ".metadata"))  # torch would unpickle whatever it finds
     with single_process_is_fine():
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=world.size == 1)
+        try:
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=world.size == 1)
+        except CheckpointException as error:
+            raise InputError(f"{path}: cannot be loaded: {reason_of(error)}") from None
 
 
 METADATA_CLASSES = {

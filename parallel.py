@@ -184,13 +184,19 @@ def file_of_the_node(world):
     """(an open file without a name that all processes of this node have, whether this process is to write it)."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     names = from_all(world, new_file() if local == 0 else None)
-    for name in names:
-        if isinstance(name, OSError):
-            raise name
-    with open(names[world.rank - local], "r+b", buffering=0) as file:
-        barrier(world)
-        if local == 0:
+    file = names[world.rank - local]  # or why there is none
+    with contextlib.ExitStack() as stack:
+        if not isinstance(file, OSError):
+            try:
+                file = stack.enter_context(open(file, "r+b", buffering=0))
+            except OSError as error:
+                file = error
+        faults = from_all(world, file if isinstance(file, OSError) else None)  # all have it open
+        if isinstance(names[world.rank], str):
             os.unlink(names[world.rank])
+        for fault in faults:
+            if fault:
+                raise fault
         yield file, local == 0
 
 

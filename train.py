@@ -33,7 +33,7 @@ from tqdm import tqdm
 from checkpoints import load_tensors, look, save_tensors
 from data import split_step, steps_of_epochs
 from fast import Threads, return_freed_memory
-from files import InputError, read_jsonl, resident, written_aside
+from files import InputError, naming, read_jsonl, resident, written_aside
 from model import Llama, open_checkpoint
 from parallel import World, all_sum, first_row, local, shard, sharded_like
 from rounding import slices, stochastic_rounder
@@ -288,8 +288,8 @@ def fit(training, batches, loss_fn, *, steps, lr, warmup=0.1, clip=1.0, out=None
 
     def validated():
         return {f"val_{name}": value for name, value in validate(training, held, loss_fn).items()}
-    with (contextlib.closing(bar), contextlib.closing(metrics_file or bar), contextlib.closing(Threads()) as threads,
-          signals_noted() as signals):
+    with (naming(Path(out or "") / "metrics.jsonl"), contextlib.closing(bar), contextlib.closing(metrics_file or bar),
+          contextlib.closing(Threads()) as threads, signals_noted() as signals):
         if held and training.step == 0:
             log({"step": 0} | validated())
         stream = batches(training.rows)

@@ -110,6 +110,12 @@ def test_every_single_byte_corruption_is_found(tmp_path):
         path.write_bytes(good)
     assert fault_of(folder) is None
 
+
+def test_a_checkpoint_that_cannot_be_loaded_ends_in_one_line(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(InputError, match=r"step-000001: cannot be loaded: .*another.* \(rank 0\)$"):
+        load_tensors(ALONE, tmp_path / "step-000001", {"master/another": torch.zeros(2)})
+
 # ----- faults while writing ------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,5 @@
 """parallel.py: what ranks tell each other, and that a model cut over them is the whole model."""
+import errno
 import os
 import resource
 import tempfile
@@ -134,6 +135,28 @@ def in_folder(folder, function, *args):
 
 def test_a_full_temporary_folder_is_an_error_on_every_rank(tmp_path):
     assert run_ranks(2, in_folder, tmp_path, shared, 21, True) == [f"{tmp_path}: File too large"] * 2
+
+
+def shared_where_one_rank_lacks(what, rank):
+    """The error of `shared_rows` where this node's file cannot be made, or not opened, by a rank."""
+    world = parallel.start("cpu")
+    if world.rank == rank:
+        def refuse(*args, **more):
+            raise OSError(errno.EMFILE, "Too many open files", "rows")
+        setattr(parallel if what == "open" else tempfile, what, refuse)
+    if what == "mkstemp":
+        os.environ["LOCAL_RANK"] = "0"  # each on a node of its own
+    try:
+        parallel.shared_rows(world, rows_of(world.rank, world.size, 5))
+    except OSError as error:
+        return one_line(error)
+
+
+@pytest.mark.parametrize("what", ["open", "mkstemp"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_without_the_file_is_an_error_on_every_rank_and_leaves_none(tmp_path, what, rank):
+    said = run_ranks(2, in_folder, tmp_path, shared_where_one_rank_lacks, what, rank)
+    assert said == ["rows: Too many open files"] * 2 and list(tmp_path.iterdir()) == []
 
 # ----- sharded tensors -----------------------------------------------------------------------------------------------
 

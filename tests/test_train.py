@@ -3,6 +3,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import signal
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -19,6 +20,7 @@ import parallel
 import train
 from checkpoints import checkpoint_to_resume, checkpoints_of, fault_of, look
 from data import collate
+from files import one_line
 from model import Llama, save_model
 from parallel import World, stop
 from sft import loss_fn
@@ -307,6 +309,19 @@ def test_metrics_of_undone_steps_and_half_lines_are_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     train.open_metrics(tmp_path, 2).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def run_on_a_full_disk(folder, out):
+    world, training = begin(folder)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # a line and a part of the next
+    try:
+        train.fit(training, batches_for(world), loss_fn, steps=10, lr=1e-2, out=out)
+    except OSError as error:
+        return one_line(error)
+
+
+def test_a_disk_that_is_full_is_named_by_the_metrics(tiny_folder, tmp_path):
+    assert run_ranks(1, run_on_a_full_disk, tiny_folder, tmp_path) == [f"{tmp_path}/metrics.jsonl: File too large"]
 
 # ----- signals -------------------------------------------------------------------------------------------------------
 
