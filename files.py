@@ -28,6 +28,7 @@ from pathlib import Path
 
 MAX_JSON_BYTES = 64 << 20  # a tokenizer.json is 17 MB, a training row a few KB: past this it is not one of ours
 DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # full, over a quota or a size limit, broken
+FAILS = (*DISK_FAILS, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # memory or open files ran out: no wrong input
 BOM = b"\xef\xbb\xbf"  # some editors and spreadsheets put it in front of UTF-8
 
 # every answer and every model card carries this
@@ -56,7 +57,7 @@ def run_main(main):
         sys.exit(141)
     except (InputError, OSError) as error:
         print("error:", one_line(error), file=sys.stderr)
-        sys.exit(1 if getattr(error, "errno", None) in DISK_FAILS else 2)
+        sys.exit(1 if getattr(error, "errno", None) in FAILS else 2)
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # of CUDA
                 or "DefaultCPUAllocator" in str(error)):

@@ -138,15 +138,20 @@ def open_run(args, name, fixed=()):
         raise InputError(f"--max-length {args.max_length}: found more than the model's context of "
                          f"{run.config.max_position_embeddings} tokens, expected at most that")
     if not args.dry_run and not args.inspect:
-        # by a file in --out, because the folder above may be another's, as that of a disk mounted for the run
-        computed_on_rank_0(world, lambda: hold(run.out / "config.json"))
-        earlier = "the checkpoints" if checkpoints_of(run.out / "checkpoints") else \
-            "the model" if (run.out / "model/config.json").is_file() else None
-        if earlier and not args.resume:
-            raise InputError(f"--out {run.out}: holds {earlier} of an earlier run; expected --resume to go on, or "
-                             "another folder")
+        computed_on_rank_0(world, lambda: take_folder(run))
     args.micro_tokens = args.micro_tokens or default_budget(world)
     return run
+
+
+def take_folder(run):
+    """Keeps --out for this run. InputError if another writes there, or for one that holds a run and no --resume."""
+    # by a file in it, because the folder above may be another's, as that of a disk mounted for the run
+    hold(run.out / "config.json")
+    earlier = "the checkpoints" if checkpoints_of(run.out / "checkpoints") else \
+        "the model" if (run.out / "model/config.json").is_file() else None
+    if earlier and not run.args.resume:
+        raise InputError(f"--out {run.out}: holds {earlier} of an earlier run; expected --resume to go on, or "
+                         "another folder")
 
 
 def config_of(args):

@@ -73,9 +73,9 @@ MUTANTS = {
          'n, p = (2, KEPT_KEYS // 2) if world.device.type == "cpu" else (3, 0)',
          "test_run.py::test_the_table_of_what_a_gpu_needs"),
         # one run a folder, and what a resume compares
-        ('computed_on_rank_0(world, lambda: hold(run.out / "config.json"))', "pass",
+        ('hold(run.out / "config.json")', "pass",
          "test_sft.py::test_two_runs_do_not_share_a_folder"),
-        ("if earlier and not args.resume:", 'if earlier == "the checkpoints" and not args.resume:',
+        ("if earlier and not run.args.resume:", 'if earlier == "the checkpoints" and not run.args.resume:',
          "test_sft.py::test_a_finished_model_without_checkpoints_is_not_overwritten"),
         ('run.facts = run.recipe | {"model": computed_on_rank_0(world, lambda: weights_sha256(args.model)),',
          'run.facts = run.recipe | {"model": str(args.model),',

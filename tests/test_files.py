@@ -439,6 +439,8 @@ def test_a_foreign_file_is_refused_and_left_as_it_is(tmp_path, content, message)
      "error: /tmp/x: No space left on device"),
     ("with appended('y'): raise OSError(27, 'File too large')", 1, "error: y: File too large"),
     ("hold('/')", 2, "error: /: found no name to write to; expected the path of a new file or folder"),
+    ("raise OSError(12, 'Cannot allocate memory')", 1, "error: Cannot allocate memory"),
+    ("raise OSError(24, 'Too many open files', 'x')", 1, "error: x: Too many open files"),
     ("raise OSError(122, 'Disk quota exceeded')", 1, "error: Disk quota exceeded"), ("time.sleep(60)", 143, "")])
 def test_exit_statuses(body, status, words, tmp_path):
     code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from files import *\n"

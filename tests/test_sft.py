@@ -3,6 +3,7 @@ import errno
 import gzip
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import files
 import model as M
+import run
 import sft
 import train
 from chat import render_chat
@@ -318,6 +320,22 @@ def refused(argv, full_disk=None):
 def test_a_file_in_the_place_of_the_folder_is_refused_on_every_rank(base, rows_file, tmp_path):
     (tmp_path / "out").write_text("a file")
     assert run_ranks(2, refused, arguments(base, rows_file, tmp_path / "out")) == [f"{tmp_path}/out: File exists"] * 2
+
+
+def refused_by_rank_0(argv):
+    """The InputError of sft.main on this rank, where rank 1 sees another disk, on which the folder is new."""
+    if os.environ["RANK"] == "1":
+        run.checkpoints_of = lambda folder: []
+    try:
+        sft.main([str(arg) for arg in argv])
+    except InputError as error:
+        return files.one_line(error)
+
+
+def test_rank_0_alone_looks_for_an_earlier_run(base, rows_file, tmp_path):
+    (tmp_path / "out/checkpoints/step-000001").mkdir(parents=True)
+    said = run_ranks(2, refused_by_rank_0, arguments(base, rows_file, tmp_path / "out"))
+    assert said[0] == said[1] and "holds the checkpoints of an earlier run" in said[0]
 
 
 @pytest.mark.parametrize("name", ["config.json", "model"])
