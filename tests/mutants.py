@@ -213,6 +213,8 @@ def run_tests(tree, tests):
 def main(wanted=""):
     mutants = [(file, *mutant) for file, own in MUTANTS.items() for mutant in own
                if wanted in " ".join((file, *mutant))]
+    if not mutants:  # pytest without a name would run all there is
+        sys.exit(f"{wanted!r}: found in no mutant; expected a text of a file, a line or a test")
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
