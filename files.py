@@ -343,6 +343,7 @@ def hold(path):
         raise InputError(f"{path}: found no name to write to; expected the path of a new file or folder")
     if path in HELD:
         return
+    made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, holder = path.with_name(f".{path.name}.lock"), ""
     try:
@@ -355,18 +356,21 @@ def hold(path):
     if not has_lock:
         print(f"{path}: the disk has no locks that would keep other runs away", file=sys.stderr)
     HELD[path] = file
-    atexit.register(release, path, lock, os.getpid())
+    atexit.register(release, path, lock, os.getpid(), made)
     with naming(lock):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
 
 
-def release(path, lock, pid):
-    """Removes the lock file, and with it the lock; not in a fork of the process."""
+def release(path, lock, pid, made=False):
+    """Removes the lock file, and with it the lock, and the folder if it was `made` and is empty; not in a fork."""
     if os.getpid() == pid and path in HELD:
         lock.unlink(missing_ok=True)
         HELD.pop(path).close()
+        if made:
+            with contextlib.suppress(OSError):  # not empty
+                lock.parent.rmdir()
 
 
 def locked(path, wait=False):
