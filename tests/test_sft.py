@@ -267,7 +267,7 @@ def test_wrong_input_ends_in_one_line_and_status_2(base, rows_file, tmp_path, ch
     bad.write_text('{"prompt": "?", "response": "!"}\n{"prompt": "?"}\n')
     done = command(*arguments(base, rows_file, tmp_path / "out", *[str(bad) if x == "BAD" else x for x in change]))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert not [path for path in (tmp_path / "out").glob("*") if path.name != ".config.json.lock"]  # gone with a real process
+    assert not [path for path in (tmp_path / "out").glob("*") if path.name != ".config.json.lock"]  # until the end
 
 
 @pytest.mark.parametrize("more", [("--dry-run",), ()])
