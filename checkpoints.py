@@ -95,11 +95,7 @@ def hashes_of_ranks(world, folder):
         own = hashes(folder, f"__{world.rank}_*")
     except OSError as error:
         own = error
-    found = from_all(world, own)
-    for one in found:
-        if isinstance(one, OSError):
-            raise one
-    return {name: hexdigest for one in found for name, hexdigest in one.items()}
+    return {name: hexdigest for one in from_all(world, own) for name, hexdigest in one.items()}
 
 
 def write_manifest(folder, sums):

@@ -114,11 +114,13 @@ def computed_on_rank_0(world, function):
 
 
 def from_all(world, value):
-    """[every rank's `value`], by rank, on every rank."""
-    if world.size == 1:
-        return [value]
-    values = [None] * world.size
-    dist.all_gather_object(values, value)
+    """[every rank's `value`], by rank, on every rank; the first InputError or OSError among them is raised instead."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    for found in values:
+        if isinstance(found, Exception):
+            raise found
     return values
 
 
@@ -165,9 +167,7 @@ def shared_rows(world, rows):
                         rest = rest[file.write(rest):]
                 except OSError as found:
                     error = OSError(found.errno, found.strerror, tempfile.gettempdir())
-        for found in from_all(world, error):
-            if found:
-                raise found
+        from_all(world, error)  # raises it on every rank
         length = os.fstat(file.fileno()).st_size
         # a copy of a page is made if it is written to: torch warns of memory that may only be read
         mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY) if length else b""
@@ -184,9 +184,6 @@ def file_of_the_node(world):
     """(an open file without a name that all processes of this node have, whether this process is to write it)."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     names = from_all(world, new_file() if local == 0 else None)
-    for name in names:
-        if isinstance(name, OSError):
-            raise name
     with open(names[world.rank - local], "r+b", buffering=0) as file:
         barrier(world)
         if local == 0:

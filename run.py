@@ -175,16 +175,13 @@ def read_examples(run, parse, render, kind=None):
     share = tqdm(rows[world.rank::world.size], desc="rendering", unit="row", file=sys.stderr, delay=2,
                  disable=None if world.rank == 0 else True)
     try:
-        outcome = render(run.tokenizer, share, args.max_length, on_bad_row=args.on_bad_row)
+        rendered, report = render(run.tokenizer, share, args.max_length, on_bad_row=args.on_bad_row)
+        outcome = report, run.tokenizer.read_as_text
     except InputError as error:
         outcome = error
     places = [where for where, _ in rows]
-    del rows, share  # the texts, before the arrays of the other ranks come
-    rendered, report = ([], outcome) if isinstance(outcome, InputError) else outcome
-    reports, unread = zip(*from_all(world, (report, run.tokenizer.read_as_text)))
-    for report in reports:
-        if isinstance(report, InputError):
-            raise report
+    del rows, share  # frees the texts before the arrays of the other ranks come
+    reports, unread = zip(*from_all(world, outcome))  # an InputError of any rank is raised on all
     number_of = {where: i for i, where in enumerate(places)}
     examples = shared_rows(world, [(number_of[where], *arrays) for where, *arrays in rendered])
     examples = [(places[i], *arrays) for i, *arrays in sorted(examples, key=lambda row: row[0])]

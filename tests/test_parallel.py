@@ -62,14 +62,14 @@ def told(total):
     def refused():
         called.append(world.rank)
         raise InputError(f"found by rank {world.rank}")
-    try:
+    with pytest.raises(InputError) as first:
         parallel.computed_on_rank_0(world, refused)
-    except InputError as error:
-        message = str(error)
+    with pytest.raises(OSError) as last:
+        parallel.from_all(world, OSError(f"met by rank {world.rank}") if world.rank == world.size - 1 else None)
     found = {"sum": parallel.all_sum(world, [world.rank, 0.5, world.rank == 0]),
              "first": parallel.from_rank_0(world, f"said by {world.rank}"),
-             "computed": parallel.computed_on_rank_0(world, lambda: world.rank + 10), "refused": message,
-             "called": called, "all": parallel.from_all(world, {"rank": world.rank}),
+             "computed": parallel.computed_on_rank_0(world, lambda: world.rank + 10), "refused": str(first.value),
+             "called": called, "failed": str(last.value), "all": parallel.from_all(world, {"rank": world.rank}),
              "interleaved": None if interleaved is None else torch.equal(interleaved, rows)}
     parallel.stop(world)
     return found
@@ -81,7 +81,7 @@ def test_collectives_by_hand(size):
     for rank, found in enumerate(run_ranks(size, told, 7)):
         assert found == {
             "sum": [3.0, 1.5, 1.0] if size == 3 else [0.0, 0.5, 1.0], "first": "said by 0", "computed": 10,
-            "refused": "found by rank 0", "called": [0] if rank == 0 else [],
+            "refused": "found by rank 0", "called": [0] if rank == 0 else [], "failed": f"met by rank {size - 1}",
             "all": [{"rank": one} for one in range(size)], "interleaved": True if rank == 0 else None}
 
 # ----- rows that ranks share -----------------------------------------------------------------------------------------
