@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import ALONE, run_ranks
 from torch.distributed.tensor import Shard
 
 import checkpoints
@@ -30,9 +30,7 @@ from checkpoints import (
     write_manifest,
 )
 from files import InputError
-from parallel import World, local, sharded_like, start, stop
-
-ALONE = World(0, 1, torch.device("cpu"))
+from parallel import local, sharded_like, start, stop
 
 
 def tensors(value):

@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import RUN_CONFIG
-from ranks import begin, run_ranks, whole_tensors
+from ranks import ALONE, begin, run_ranks, whole_tensors
 from torch import nn
 
 import parallel
 import train
 from files import InputError, one_line
 from model import Llama, LlamaConfig
-from parallel import World
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 # ----- processes -----------------------------------------------------------------------------------------------------
 
