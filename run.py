@@ -168,11 +168,11 @@ def default_budget(world):
 
 
 def read_examples(run, parse, render, kind=None):
-    """(training examples, held-out examples): rows drawn from --data, read by `parse` and rendered by `render`.
+    """(training examples, held-out examples), each [(where, array, …)], the same on every rank; sets `run.plan`.
 
-    parse(record) -> the content of a row; render(tokenizer, [(where, content)], max_length, on_bad_row=…) ->
-    ([(where, …)], {outcome: rows, "faults": …}). Each rank renders its share of the rows, then all ranks map all
-    examples. `run.plan` gets the number of rows by outcome, and of optimizer steps.
+    Draws rows from --data (of `kind`, if given): parse(record) -> the content of a row. Each rank renders its share:
+    render(tokenizer, [(where, content)], max_length, on_bad_row=…) -> ([(where, array, …)], {outcome: rows, "faults":
+    [text]}). InputError if a row is refused or none is left.
     """
     args, world = run.args, run.world
     held_out = 200 if args.val_rows is None else args.val_rows
@@ -181,19 +181,16 @@ def read_examples(run, parse, render, kind=None):
     share = tqdm(rows[world.rank::world.size], desc="rendering", unit="row", file=sys.stderr, delay=2,
                  disable=None if world.rank == 0 else True)
     try:
-        outcome = render(run.tokenizer, share, args.max_length, on_bad_row=args.on_bad_row)
+        rendered, report = render(run.tokenizer, share, args.max_length, on_bad_row=args.on_bad_row)
+        outcome = report, run.tokenizer.read_as_text
     except InputError as error:
         outcome = error
     places = [where for where, _ in rows]
-    del rows, share  # the texts, before the arrays of the other ranks come
-    rendered, report = ([], outcome) if isinstance(outcome, InputError) else outcome
-    reports, unread = zip(*from_all(world, (report, run.tokenizer.read_as_text)))
-    for report in reports:
-        if isinstance(report, InputError):
-            raise report
+    del rows, share  # frees the texts before the arrays of the other ranks come
+    reports, unread = zip(*from_all(world, outcome))  # an InputError of any rank is raised on all
     number_of = {where: i for i, where in enumerate(places)}
     examples = shared_rows(world, [(number_of[where], *arrays) for where, *arrays in rendered])
-    examples = [(places[i], *arrays) for i, *arrays in sorted(examples, key=lambda row: row[0])]
+    examples = [(places[i], *arrays) for i, *arrays in sorted(examples, key=lambda row: row[0])]  # as they were drawn
     if args.val_rows is None:
         held_out = min(200, len(examples) // 20)
     held, examples = examples[:held_out], examples[held_out:held_out + args.rows]
@@ -280,7 +277,7 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
 
 
 def begin(run):
-    """The Training that starts from --model. Before anything is written, --resume is checked against --out."""
+    """The Training that starts from --model. InputError, before anything is written, if --resume does not fit --out."""
     args, world = run.args, run.world
     hashes = computed_on_rank_0(world, lambda: [sha256(file) for file in args.data])
     run.files = [{"file": file, "rows": run.plan["files"].get(file, 0), "sha256": hexdigest}
@@ -288,7 +285,7 @@ def begin(run):
     run.recipe = {flag: getattr(args, flag) for flag in (  # the data, its order and the schedule follow from these
         *run.fixed, "model", "rows", "epochs", "max_steps", "lr", "warmup", "weight_decay", "clip", "batch_size",
         "max_length", "seed", "dtype")} | {"held_out": run.plan["rows_held_out"]}
-    # model, prompts and data by what they are, not where
+    # model, prompts and data by their contents, because folders and files may have moved
     run.facts = run.recipe | {"model": computed_on_rank_0(world, lambda: weights_sha256(args.model)),
                               "template": template_sha256(run.tokenizer),
                               "data": [one["sha256"] for one in run.files]}
@@ -310,7 +307,7 @@ def template_sha256(tokenizer):
 
 
 def resume(run, training):
-    """With --resume: fills `training` from the checkpoint that `begin` found."""
+    """With --resume, fills `training` from the checkpoint that `begin` found, or says that there is none."""
     if run.checkpoint:
         load_checkpoint(training, *run.checkpoint)
     elif run.args.resume and run.world.rank == 0:

@@ -1,7 +1,6 @@
 """dpo.py: the losses by hand, beside TRL's and beside two plain models; the reference; the command as users meet it."""
 import errno
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ import ranks
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, assert_close, gradients, random_pairs, tiny_llama, write_jsonl
-from ranks import run_ranks
+from ranks import metrics_in, run_ranks
 from safetensors.torch import load_file, save_file
 
 import data
@@ -309,8 +308,8 @@ def run_main(argv, kill=None):
 
 def metrics_of(out):
     """[each line of metrics.jsonl], without what the clock and the machine say."""
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "peak_memory_gb")} for row in rows]
+    timed = {"tokens_per_s", "peak_memory_gb"}
+    return [{key: value for key, value in row.items() if key not in timed} for row in metrics_in(out)]
 
 
 def exported(out):

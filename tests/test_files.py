@@ -79,7 +79,7 @@ def test_a_cut_gzip_file_is_reported(tmp_path):
     with pytest.raises(InputError, match="damaged gzip"):
         list(read_jsonl(tmp_path / "x.jsonl.gz"))
     whole, refused = gzip.compress(os.urandom(3000).hex().encode() + b"\n"), 0
-    for position in range(10, len(whole), 20):  # of a flipped bit nothing but InputError may come
+    for position in range(10, len(whole), 20):  # a flipped bit may raise nothing but InputError
         damaged = bytearray(whole)
         damaged[position] ^= 4
         (tmp_path / "x.jsonl.gz").write_bytes(damaged)
@@ -234,7 +234,7 @@ HALF = ("import sys, time; sys.path.insert(0, sys.argv[1]); from files import wr
 
 
 def test_scraps_of_the_killed_are_cleared_whatever_their_name_and_those_of_the_living_stay(tmp_path, monkeypatch):
-    """Numbers of processes decide nothing: in another container the living writer's would not be found."""
+    """Process ids play no part, because in another container the living writer's would not be found."""
     write_json(tmp_path / "step-2", {"a": 1})
     killed, living = (subprocess.Popen([sys.executable, "-c", HALF, ROOT, tmp_path / name], stdout=subprocess.PIPE)
                       for name in ("step-1", "step-3"))
@@ -259,7 +259,7 @@ def test_scraps_of_the_killed_are_cleared_whatever_their_name_and_those_of_the_l
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
 def test_a_lock_that_is_taken_for_a_scrap_is_waited_for_and_made_anew(tmp_path, monkeypatch):
-    """Another process, which clears away, locks and removes the file between its making and its locking here."""
+    """Another process that clears scraps locks and removes the file after it is made and before it is locked here."""
     import fcntl
     ways = []
 
@@ -322,7 +322,7 @@ def test_without_locks_scraps_stay_and_writing_goes_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_all_of_it_is_flushed_before_the_rename_and_the_rename_after(tmp_path, monkeypatch, kind, replaced):
-    """A power cut loses neither the old nor the new one. Folders are flushed for the names in them."""
+    """A power cut then leaves the old or the new one. Folders are flushed because they hold the names."""
     calls, fsync, replace, exchange = [], os.fsync, os.replace, files.exchange
     target = tmp_path / "x"
 
@@ -367,7 +367,7 @@ BEGINS_WITH = b'{"question": "'
 
 
 def answer_all(path):
-    """Answers the rows that are left; returns how many there were before."""
+    """Appends the answers that are missing; returns how many were there before."""
     done = list(finished_rows(path, BEGINS_WITH))
     assert done == [(i + 1, row) for i, row in enumerate(ANSWERS[:len(done)])]
     with appended(path) as append:
@@ -399,7 +399,7 @@ def test_a_row_is_on_disk_when_append_returns(tmp_path, monkeypatch):
 
 
 def test_killed_in_the_middle_of_a_row_it_goes_on(tmp_path):
-    """The kernel lets the process write 100 bytes, half of the second row of 60 and more, and then ends it."""
+    """The kernel kills the process after 100 bytes, which is in the middle of the second row."""
     path, code = tmp_path / "answers.jsonl", (
         "import resource, signal, sys; sys.path.insert(0, sys.argv[1]); from files import appended\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
@@ -493,7 +493,7 @@ def test_what_another_process_writes_is_held_until_that_ends_however_it_ends(tmp
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
 def test_a_lock_file_that_its_holder_has_just_removed_is_not_taken_for_a_lock(tmp_path, monkeypatch):
-    """Between open and flock the other process ends and removes the file; this one must take a new file."""
+    """The holder ends and removes the file between our open and our flock: the lock must be on a new file."""
     import fcntl
     lock, taken = tmp_path / ".out.lock", []
 

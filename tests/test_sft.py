@@ -16,7 +16,7 @@ import ranks
 import torch
 import transformers
 from conftest import CONFIG, ROOT, assert_close, gradients, held_elsewhere, random_examples, tiny_llama
-from ranks import run_ranks
+from ranks import metrics_in, run_ranks
 from safetensors.torch import load_file, save_file
 
 import files
@@ -147,7 +147,7 @@ def trained(base, rows_file, tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_should_and_learns(trained, rows_file):
-    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_in(trained)
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 11)) and steps[-1]["rows"] == 68
     assert {"loss", "lr", "grad_norm", "tokens", "tokens_per_s", "peak_memory_gb", "rows"} <= set(steps[0])
@@ -173,7 +173,7 @@ def test_the_flags_reach_the_optimizer_and_the_schedule(base, rows_file, tmp_pat
                        "--val-rows", 0))
     rates = pytest.approx([0.01, 0.02, 0.02, 0.015, 0.005])
     assert [lr for lr, *_ in seen] == rates and {tuple(rest) for _, *rest in seen} == {(0.25, 0.3, 0.0)}
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_in(tmp_path)
     assert [row["lr"] for row in rows] == rates
 
 
@@ -224,9 +224,7 @@ def test_two_ranks_export_the_same_rows_and_a_whole_model(base, rows_file, tmp_p
     argv = arguments(base, rows_file, tmp_path / "two", "--dtype", "fp32", "--export-dtype", "fp32")
     run_ranks(2, run_main, argv)
     run_ranks(1, run_main, [*argv, "--out", str(tmp_path / "one")])
-    losses = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-              for name in ("one", "two")]
-    for one, two in zip(*losses):
+    for one, two in zip(metrics_in(tmp_path / "one"), metrics_in(tmp_path / "two")):
         for key in {"loss", "val_loss"} & set(one):
             assert one[key] == pytest.approx(two[key], rel=1e-5)
     one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
