@@ -4,9 +4,9 @@
     folder/step-000100/state.json          the numbers
     folder/step-000100/SHA256SUMS          of every file (`sha256sum -c` reads it); SHA256SUMS.sha256 is its own sum
 
-A checkpoint is written into a folder beside its name, flushed and renamed, so that a kill at any moment leaves the old
-one or the new one; what is read is verified byte by byte first. Each rank hashes its own file. This file knows no
-model. torch's .metadata is a pickle, read with the few classes that describe tensors and no other.
+A checkpoint is written under another name, flushed and renamed, so that a kill at any moment leaves the old one or the
+new one. Each rank hashes its own file; before a checkpoint is loaded, its every byte is verified. torch's .metadata is
+a pickle, which is refused if it names anything but the classes that describe tensors. This file knows no model.
 """
 import contextlib
 import json
@@ -26,10 +26,10 @@ from parallel import barrier, computed_on_rank_0, from_all
 
 
 def save_tensors(world, folder, step, tensors, numbers, *, keep=2, verified=None):
-    """Writes folder/step-000100 and removes all older than the newest `keep` that verify. SystemExit if it cannot.
+    """Writes folder/step-000100, then removes all older than the newest `keep` that verify. SystemExit(1) on an error.
 
-    tensors {name: tensor, sharded or not}; numbers: a dict for state.json, which gets `step` too. All ranks write into
-    one folder (on several nodes: on a shared disk). verified {path: its `look`}: the checkpoints that this run has
+    tensors: {name: tensor, sharded or not}; numbers: a dict for state.json, to which `step` is added. All ranks write
+    into one folder (on several nodes: on a shared disk). verified {path: its `look`}: the checkpoints that this run has
     written or verified, which are not read again while they look the same; the new one is added.
     """
     target, verified = Path(folder) / f"step-{step:06d}", {} if verified is None else verified
@@ -44,13 +44,13 @@ def save_tensors(world, folder, step, tensors, numbers, *, keep=2, verified=None
                 state = aside / "state.json"
                 state.write_text(json.dumps({"step": step} | numbers, indent=2), encoding="utf-8")
                 write_manifest(aside, sums | {name: sha256(aside / name) for name in (".metadata", "state.json")})
-                stack.close()  # which renames
+                stack.close()  # renames `aside` to `target`
                 verified[target] = look(target)
             computed_on_rank_0(world, finish)
             remove_old_checkpoints(world, folder, keep, verified)
         except (OSError, CheckpointException) as error:
             reason = reason_of(error).removeprefix(f"{target}: ")
-            if world.rank == 0:  # now, because the end of another rank may bring a SIGTERM
+            if world.rank == 0:  # printed here, because torchrun terminates this rank once another has ended
                 print(f"error: could not save {target}: {reason}", file=sys.stderr)
             raise SystemExit(1) from None
     barrier(world)
@@ -58,16 +58,16 @@ def save_tensors(world, folder, step, tensors, numbers, *, keep=2, verified=None
 
 @contextlib.contextmanager
 def single_process_is_fine():
-    """torch warns when one process saves or loads alone, as it is told to."""
+    """Silences torch's warning that a single process saves or loads, because here that is intended."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 class Writer(dcp.FileSystemWriter):
-    """Writes the files of a checkpoint; an error of the system is raised as such, not as what torch met because of it.
+    """torch's writer, which raises the OSError of a failed write and not the RuntimeError that hides it.
 
-    After a write has failed torch closes its archive, which fails in turn, with words about positions in a file.
+    After a failed write torch closes its archive; that fails too, with a message about positions in a file.
     """
 
     def write_data(self, plan, planner):
@@ -81,7 +81,7 @@ class Writer(dcp.FileSystemWriter):
 
 
 def reason_of(error):
-    """Why a checkpoint could not be written, in one line; of several ranks' reasons the first."""
+    """Why a checkpoint could not be written, in one line; if several ranks failed, the reason of the lowest."""
     failures = getattr(error, "failures", None)
     if not failures:
         return one_line(error)
@@ -90,16 +90,12 @@ def reason_of(error):
 
 
 def hashes_of_ranks(world, folder):
-    """{file name: SHA-256} of the files that the ranks have written, each of which reads its own; on every rank."""
+    """{file name: SHA-256} of all ranks' files, on every rank; each rank reads only the files that it has written."""
     try:
         own = hashes(folder, f"__{world.rank}_*")
     except OSError as error:
         own = error
-    found = from_all(world, own)
-    for one in found:
-        if isinstance(one, OSError):
-            raise one
-    return {name: hexdigest for one in found for name, hexdigest in one.items()}
+    return {name: hexdigest for one in from_all(world, own) for name, hexdigest in one.items()}
 
 
 def write_manifest(folder, sums):
@@ -111,34 +107,37 @@ def write_manifest(folder, sums):
 
 
 def hashes(folder, pattern="*"):
-    """{file name: SHA-256} of the files in `folder`, all of them or those of a pattern, but the two with the sums."""
+    """{file name: SHA-256} of the files in `folder` that match `pattern`, without the two files that hold the sums."""
     names = [path.name for path in Path(folder).glob(pattern) if not path.name.startswith("SHA256SUMS")]
-    with ThreadPoolExecutor(8) as pool:  # hashlib releases the interpreter
+    with ThreadPoolExecutor(8) as pool:  # hashlib releases the GIL
         return dict(zip(names, pool.map(lambda name: sha256(Path(folder) / name), names)))
 
 
 def look(folder):
-    """Names, sizes and times of change of a checkpoint's files, in order: other ones have not been verified."""
+    """[(name, bytes, time of change in ns)] of a checkpoint's files: while it is the same, they count as unchanged."""
     files = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
     return [(name, status.st_size, status.st_mtime_ns) for name, status in files]
 
 
 def remove_old_checkpoints(world, folder, keep, verified):
-    """Removes what is older than the `keep` newest checkpoints that verify; a damaged one does not count.
+    """Removes the checkpoints older than the newest `keep` that verify; a damaged one does not count among these.
 
-    Nothing is read unless something would be removed on its account. The ranks wait for one checkpoint at a time,
-    because a wait has a limit (half an hour).
+    With no more than `keep` checkpoints nothing is read. Rank 0 reports after each checkpoint that it has read, because
+    the other ranks wait half an hour at most.
     """
     paths, good = computed_on_rank_0(world, lambda: checkpoints_of(folder)), 0
     for path in paths if len(paths) > keep else ():
         if good < keep:
             good += computed_on_rank_0(world, lambda path=path: fault_unless(verified, path)) is None
         elif world.rank == 0:
-            remove(path)
+            try:
+                remove(path)
+            except OSError as error:  # the new one is saved, and the other ranks go on
+                print(f"could not remove {path}: {one_line(error)}", file=sys.stderr)
 
 
 def fault_unless(verified, path):
-    """`fault_of` a checkpoint; it is not read again if it is among those verified and looks the same."""
+    """`fault_of(path)`, but a checkpoint in `verified` that looks the same is not read; a sound one is added there."""
     try:
         seen = look(path)
     except OSError as error:
@@ -160,7 +159,7 @@ def checkpoints_of(folder):
 
 
 def fault_of(folder):
-    """The first fault of a checkpoint, in a few words, or None; every byte of every file is checked."""
+    """The first fault of a checkpoint, in a few words, or None if every byte of every file is as it was saved."""
     sums = Path(folder) / "SHA256SUMS"
     try:
         if (Path(folder) / "SHA256SUMS.sha256").read_bytes() != f"{sha256(sums)}  SHA256SUMS\n".encode():
@@ -180,7 +179,7 @@ def fault_of(folder):
 def checkpoint_to_resume(world, folder, facts):
     """(path, its numbers) of the newest checkpoint in `folder` that verifies, on every rank; None if there is none.
 
-    InputError when the run it belongs to differed in one of `facts` (the settings that fix the data and its order).
+    InputError if it was saved with another value of one of `facts`, the settings that fix the data and its order.
     """
     for path in computed_on_rank_0(world, lambda: checkpoints_of(folder)):
         numbers = computed_on_rank_0(world, lambda path=path: verified_numbers(path, facts))
@@ -190,7 +189,7 @@ def checkpoint_to_resume(world, folder, facts):
 
 
 def verified_numbers(path, facts):
-    """The numbers of a checkpoint, or None, with a word on stderr, if it is damaged; InputError for other `facts`."""
+    """The numbers in state.json; None, and a line on stderr, for a damaged checkpoint; InputError for other `facts`."""
     fault = fault_of(path)
     if fault:
         print(f"passed over {path}: {fault}", file=sys.stderr)
@@ -207,9 +206,12 @@ def verified_numbers(path, facts):
 
 def load_tensors(world, path, tensors):
     """Fills `tensors` {name: tensor, sharded or not} in place; the number of ranks may have changed since the save."""
-    computed_on_rank_0(world, lambda: check_metadata(path / ".metadata"))  # torch would unpickle whatever it finds
+    computed_on_rank_0(world, lambda: check_metadata(path / ".metadata"))  # because torch unpickles anything
     with single_process_is_fine():
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=world.size == 1)
+        try:
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=world.size == 1)
+        except CheckpointException as error:
+            raise InputError(f"{path}: cannot be loaded: {reason_of(error)}") from None
 
 
 METADATA_CLASSES = {
@@ -223,7 +225,7 @@ METADATA_CLASSES = {
 
 
 def check_metadata(path):
-    """InputError unless the pickle `path` names METADATA_CLASSES alone; none of them runs what a file gives it."""
+    """InputError if the pickle `path` names anything but METADATA_CLASSES, none of which runs code from a file."""
     class Restricted(pickle.Unpickler):
         def find_class(self, module, name):
             if name not in METADATA_CLASSES.get(module, ()):

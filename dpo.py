@@ -198,10 +198,7 @@ def reference_logps(run, training, pairs):
                 if not logps[row].isfinite().all():
                     raise SystemExit(f"error: {pairs[row][0]}: the model's log-probabilities of the two answers are "
                                      f"{logps[row].tolist()}; expected finite numbers")
-            if world.rank == 0:
-                with written_aside(path) as aside:
-                    write_safetensors({"logps": logps}, aside, {
-                        "facts": json.dumps(facts), "sha256": hashlib.sha256(logps.numpy().tobytes()).hexdigest()})
+            computed_on_rank_0(world, lambda: write_reference(path, facts, logps))
             return_freed_memory(world.device)
             bar.update(len(rows))
     if world.mesh:  # the root stays gathered after a forward pass without a backward pass
@@ -222,6 +219,13 @@ def reference_facts(run, pairs):
                                              for _, *texts in pairs for ids in texts)).hexdigest(),
             "max_length": args.max_length, **rounded,
             "dtype": args.dtype + ("" if has_fast_bf16(run.world.device) else ", computed in fp32")}
+
+
+def write_reference(path, facts, logps):
+    """Writes logps [pairs, 2] and the `facts` they depend on, aside and renamed."""
+    with written_aside(path) as aside:
+        write_safetensors({"logps": logps}, aside, {
+            "facts": json.dumps(facts), "sha256": hashlib.sha256(logps.numpy().tobytes()).hexdigest()})
 
 
 def read_reference(path, facts, n):

@@ -2,10 +2,10 @@
 
 Four promises, kept in one place because every program here makes them:
   1. Wrong input ends in one line (file, line or flag; what was found; what was expected) and exit status 2.
-  2. Files are written aside, flushed to disk and renamed: a killed run leaves the old file or the new one. The part
-     that it had written aside is removed by the next program that writes into the folder.
+  2. Files are written under another name, flushed to disk and renamed: a killed run leaves the old file or the new
+     one. The next program that writes into the folder removes the half-written rest.
   3. Input is JSON, parquet or safetensors, read strictly: no pickle, no NaN, no duplicate keys, no endless line.
-  4. A program that writes a row for each of many questions goes on where it was killed (`finished_rows`, `appended`).
+  4. A program that appends a row per question goes on where it was killed (`finished_rows`, `appended`).
 """
 import argparse
 import atexit
@@ -26,9 +26,10 @@ import sys
 import zlib
 from pathlib import Path
 
-MAX_JSON_BYTES = 64 << 20  # a tokenizer.json is 17 MB, a training row a few KB: past this it is not one of ours
+MAX_JSON_BYTES = 64 << 20  # a tokenizer.json has 17 MB, a training row a few KB: a larger file is none that we read
 DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # full, over a quota or a size limit, broken
-BOM = b"\xef\xbb\xbf"  # some editors and spreadsheets put it in front of UTF-8
+FAILS = (*DISK_FAILS, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # memory or open files ran out: no wrong input
+BOM = b"\xef\xbb\xbf"  # the byte order mark, which some editors and spreadsheets put in front of UTF-8
 
 # every answer and every model card carries this
 DISCLAIMER = "Research use only. Not medical advice: do not act on it without a physician."
@@ -43,7 +44,7 @@ def run_main(main):
     def terminated(signum, frame):
         raise SystemExit(128 + signum)  # unwinds through every `finally`: weights are restored, files closed
     signal.signal(signal.SIGTERM, terminated)
-    for stream in (sys.stdout, sys.stderr):  # an ASCII terminal shows \\u2192 for an arrow: no reason to stop
+    for stream in (sys.stdout, sys.stderr):  # an ASCII terminal shows an arrow as \\u2192 and the program goes on
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -56,21 +57,22 @@ def run_main(main):
         sys.exit(141)
     except (InputError, OSError) as error:
         print("error:", one_line(error), file=sys.stderr)
-        sys.exit(1 if getattr(error, "errno", None) in DISK_FAILS else 2)
+        sys.exit(1 if getattr(error, "errno", None) in FAILS else 2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # of CUDA
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # of CUDA
+                or "DefaultCPUAllocator" in str(error)):
             raise
         print("error: out of memory", file=sys.stderr)
         sys.exit(1)
 
 
-def resident(what):
-    """Bytes of main memory that this process has ("VmRSS") or had at most ("VmHWM").
+def resident(field):
+    """Bytes of main memory that this process holds ("VmRSS") or has held at most ("VmHWM").
 
-    Only Linux tells them apart; 0 where the platform tells neither.
+    macOS reports the second for both; Windows reports neither, which gives 0.
     """
     try:
-        return int(Path("/proc/self/status").read_text(encoding="utf-8").split(what + ":")[1].split()[0]) * 1024
+        return int(Path("/proc/self/status").read_text(encoding="utf-8").split(field + ":")[1].split()[0]) * 1024
     except (OSError, IndexError):
         try:
             import resource
@@ -88,7 +90,7 @@ def one_line(error):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line like all others here, and which takes a flag by its whole name only."""
+    """argparse that raises its errors as InputError and takes a flag by its whole name only."""
 
     def __init__(self, **settings):
         super().__init__(**{"allow_abbrev": False, **settings})
@@ -129,7 +131,7 @@ def number(least, most=float("inf"), open_end=False):
 # ----- reading -------------------------------------------------------------------------------------------------------
 
 def require_dir(directory, what):
-    """`directory` as a Path, or an InputError that says which `what` was looked for there."""
+    """`directory` as a Path; InputError if it is no folder. `what` says whose folder was expected."""
     directory = Path(directory)
     if not directory.is_dir():
         found = "is a file" if directory.exists() else "does not exist"
@@ -164,7 +166,7 @@ def parse_json(text, where):
 
 
 def read_text(path, where=None):
-    """The text of a UTF-8 file, without a byte order mark; `where` names it in the InputError (else its path)."""
+    """The text of a UTF-8 file, without a byte order mark; an InputError names it by `where`, else by its path."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -209,7 +211,7 @@ def read_jsonl(path, max_line_bytes=16 << 20):
                 raise InputError(f"{path}: damaged gzip file after line {number} ({one_line(error)})") from None
         while line := read(max_line_bytes + 1):
             number += 1
-            line = line.removeprefix(BOM)  # of any line: files are put one behind another
+            line = line.removeprefix(BOM)  # of any line, because files are concatenated
             if len(line) > max_line_bytes:
                 yield number, InputError(f"{path}:{number}: a line of more than {max_line_bytes:,} bytes; "
                                          "expected one JSON object a line")
@@ -231,16 +233,16 @@ def parse_row(line, where):
 
 
 def read_data(path):
-    """Yields (row number, where, dict or InputError) for every row of a data file; `where` is its place, for messages.
+    """Yields (row number, where, dict or InputError) for every row of a data file; `where` names the row in messages.
 
-    JSON lines are read as by `read_jsonl` ("a.jsonl:3"). The rows of one JSON array, read whole, and of a parquet file,
-    a batch at a time, count from 1 ("a.json: row 3"). The content decides which it is.
+    The content decides the format: JSON lines (where: "a.jsonl:3"; see `read_jsonl`), a JSON array, which is read
+    whole, or parquet, which is read in batches (both "a.json: row 3", counted from 1).
     """
     path, beginning = Path(path), b""
     if path.is_file():
         with contextlib.suppress(OSError, EOFError, zlib.error), \
                 gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            beginning = file.read(4096).removeprefix(BOM)  # read_jsonl says what is wrong with any other
+            beginning = file.read(4096).removeprefix(BOM)  # a file that cannot be read is left to read_jsonl
     if (beginning and path.suffix == ".parquet") or beginning.startswith(b"PAR1"):
         rows = read_parquet(path)
     elif re.match(rb"\s*\[\s*\{", beginning):
@@ -257,7 +259,7 @@ def read_data(path):
 
 
 def read_parquet(path):
-    """Yields the rows of a parquet file as dicts of what JSON has: NaN, a missing number, as None, a date as text."""
+    """Yields the rows of a parquet file as dicts of JSON's types: NaN, a missing number, becomes None, a date text."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -273,10 +275,10 @@ def read_parquet(path):
 
 
 def finished_rows(path, begins_with):
-    """Yields (line number, row) of the rows that a run has appended to `path` so far; none if there is no such file.
+    """Yields (line number, row) of every complete row that a run has appended to `path`; none if there is no such file.
 
-    A last line cut short by a kill counts as not there, if it is the beginning of a row: `begins_with` are the bytes
-    with which every row begins. InputError for a file that holds anything else.
+    A last line that a kill has cut short is passed over if it begins as every row does, with the bytes `begins_with`.
+    InputError for a file that holds anything else.
     """
     if not Path(path).exists():
         return
@@ -296,21 +298,21 @@ def finished_rows(path, begins_with):
 
 @contextlib.contextmanager
 def appended(path):
-    """`with appended(path) as append:` append(row) puts a dict behind the finished rows of a jsonl file, on disk before
-    it returns. A half-written last line is cut off: call `finished_rows` first, which refuses a foreign file."""
+    """`with appended(path) as append:` append(row) adds a dict to a jsonl file and returns once it is on the disk.
+    A half-written last line is cut off: call `finished_rows` first, which refuses a foreign file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
+    with naming(path), open(path, "ab") as file:
         file.truncate(complete_lines(path)[1])
 
-        def append(row):
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        def append(row):  # half a character, as in a file's name that is not UTF-8, becomes JSON's escape
+            file.write(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
             file.flush()
             os.fsync(file.fileno())
         yield append
 
 
 def complete_lines(path):
-    """(how many lines of the file end in a newline, how many bytes they are)."""
+    """(the number of lines in a file that end in a newline, their bytes)."""
     lines = n_bytes = 0
     with open(path, "rb") as file:
         for line in file:
@@ -327,18 +329,21 @@ def sha256(path):
 
 # ----- one writer at a time ------------------------------------------------------------------------------------------
 
-HELD = {}  # {path: the open lock file} of what this process writes
+HELD = {}  # {path: its open lock file} of all paths that `hold` has locked
 
 
 def hold(path):
-    """Keeps a file or folder that a run is to write for this process, until it ends. InputError if another has it.
+    """Locks the file or folder that a run will write, until this process ends. InputError if another has locked it.
 
-    The lock is on the file .NAME.lock beside it, which holds the process's number. Where there are no locks, a line
-    says so.
+    The lock is on the file .NAME.lock beside it, which names this process for that error. On a disk without locks the
+    run goes on after a warning.
     """
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
+    if not path.name:
+        raise InputError(f"{path}: found no name to write to; expected the path of a new file or folder")
     if path in HELD:
         return
+    made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, holder = path.with_name(f".{path.name}.lock"), ""
     try:
@@ -350,28 +355,33 @@ def hold(path):
                          "ended") from None
     if not has_lock:
         print(f"{path}: the disk has no locks that would keep other runs away", file=sys.stderr)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
     HELD[path] = file
-    atexit.register(release, path, lock, os.getpid())
+    atexit.register(release, path, lock, os.getpid(), made)
+    with naming(lock):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
 
 
-def release(path, lock, pid):
-    """Removes the lock file, and with it the lock; not in a fork of the process."""
+def release(path, lock, pid, made=False):
+    """Removes the lock file of `path` and frees the lock, and removes the folder if it was `made` for the lock and is
+    empty. A fork of the process, which also exits by here, does nothing."""
     if os.getpid() == pid and path in HELD:
         lock.unlink(missing_ok=True)
         HELD.pop(path).close()
+        if made:
+            with contextlib.suppress(OSError):  # not empty
+                lock.parent.rmdir()
 
 
 def locked(path, wait=False):
-    """(an open file of this name, made if there is none; whether we have its lock, as where the disk has locks at all).
+    """Opens the file `path`, made if there is none, and locks it: (the open file, False if the disk has no locks).
 
-    The kernel frees the lock when the file is closed or the process ends, however it ends. BlockingIOError if another
-    process has it, unless we are to `wait`.
+    The kernel frees the lock when the file is closed or the process ends, however it ends. If another process has it:
+    BlockingIOError, or with `wait` a wait until it is free.
     """
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as the lock is to last)
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the lock is to last)
         try:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -383,18 +393,29 @@ def locked(path, wait=False):
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file, True
-        file.close()  # the one that had it removed it between our two calls
+        file.close()  # its holder has removed it between our open and our flock: try again with a new file
 
 # ----- writing -------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def written_aside(path):
-    """`with written_aside(path) as aside:` write a file or a folder to `aside`; on leaving it becomes `path`.
+def naming(path):
+    """Inside, an error of the disk is raised as one of `path`: a failed write names no file, or the one aside."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FAILS:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
-    Everything under `aside` gets the mode of a new file here and is flushed to disk before one rename puts it in place
-    (a folder that exists is exchanged in one system call where there is one); where `path` is a symbolic link, in the
-    place that it points to. On an exception `path` stays as it was and `aside` is removed. A kill leaves `aside`: it is
-    removed by the next call for any name in this folder. OSError names `path` when the disk is full.
+
+@contextlib.contextmanager
+def written_aside(path):
+    """`with written_aside(path) as aside:` write a file or folder to `aside`; on leaving the block it becomes `path`.
+
+    Its files get the mode of any new file and all is flushed to disk before one rename puts it in place (`exchange`, if
+    `path` is a folder already). A symbolic link stays: the place that it points to is written. On an exception `path`
+    stays as it was and `aside` is removed. After a kill `aside` is left, and the next call for any name in this folder
+    removes it. InputError for a path without a name; OSError names `path` when the disk is full.
     """
     if Path(path).name in ("", ".."):
         raise InputError(f"{path}: found no name to write to; expected the path of a new file or folder")
@@ -402,43 +423,36 @@ def written_aside(path):
     target.parent.mkdir(parents=True, exist_ok=True)
     clear_scraps(target.parent)
     aside = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    with contextlib.ExitStack() as stack:
-        try:
-            mode = stack.enter_context(marked_as_living(aside))
-            stack.callback(remove, aside)
-            yield aside
-            share(aside, mode)
-            flush(aside)
-            if target.is_dir() and aside.is_dir():
-                exchange(aside, target)
-            else:
-                os.replace(aside, target)
-            flush(target.parent, recursive=False)
-        except OSError as error:
-            if error.errno in DISK_FAILS:  # a failed write names no file, or the one aside
-                raise OSError(error.errno, error.strerror, str(path)) from None
-            raise
+    with naming(path), contextlib.ExitStack() as stack:
+        mode = stack.enter_context(marked_as_living(aside))
+        stack.callback(remove, aside)
+        yield aside
+        share(aside, mode)
+        flush(aside)
+        if target.is_dir() and aside.is_dir():
+            exchange(aside, target)
+        else:
+            os.replace(aside, target)
+        flush(target.parent, recursive=False)
 
 
 @contextlib.contextmanager
 def marked_as_living(aside):
-    """Has the lock of the file `aside`.lock meanwhile, and yields the mode of that new file.
-
-    A process number would not do: it comes back in every container, and another host that writes to the same disk has
-    its own. Where there are no locks, scraps stay.
-    """
+    """Locks the file `aside`.lock during the block, so that no `clear_scraps` removes `aside`; yields the mode of that
+    new file. A process id would not do, because ids repeat in containers and on hosts that share a disk."""
     lock = aside.with_name(f"{aside.name}.lock")
     try:
-        with locked(lock, wait=True)[0] as file:  # wait: another process may just look whether it is a scrap
+        with locked(lock, wait=True)[0] as file:  # wait for a clear_scraps that looks at it
             yield os.fstat(file.fileno()).st_mode & 0o777
     finally:
-        lock.unlink(missing_ok=True)
+        if not os.path.lexists(aside):  # else a second signal struck in the removal, which the next program repeats
+            lock.unlink(missing_ok=True)
 
 
 def clear_scraps(folder):
-    """Removes what killed processes left half written in `folder`; what a living one writes stays."""
+    """Removes what killed processes have left half written in `folder`, except on a disk without locks."""
     for lock in folder.glob(".*.partial-*.lock"):
-        with contextlib.suppress(OSError):  # a living one has it, or it is not ours to remove
+        with contextlib.suppress(OSError):  # a living process has the lock, or another user owns the file
             file, has_lock = locked(lock)
             with file:
                 if has_lock:
@@ -447,7 +461,7 @@ def clear_scraps(folder):
 
 
 def share(path, mode):
-    """Gives every file under `path` a mode: safetensors makes files that only their owner may read."""
+    """Sets the mode of every file under `path`, because safetensors makes files that only their owner may read."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file() and file.stat().st_mode & 0o777 != mode:
             file.chmod(mode)
@@ -456,7 +470,8 @@ def share(path, mode):
 def write_json(path, value):
     """Writes `value` as indented JSON, aside and renamed."""
     with written_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # as in `appended`
 
 
 def remove(path):
@@ -482,11 +497,14 @@ def flush(path, recursive=True):
 
 
 def exchange(new, old):
-    """Swaps two folders on the same disk. Linux does it in one step; elsewhere two renames, the old one kept aside."""
+    """Puts the folder `new` in the place of `old`, by one swap where Linux can, else (also on NFS) by three renames."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 and renameat2(-100, os.fsencode(new), -100, os.fsencode(old), 2) == 0:  # AT_FDCWD, RENAME_EXCHANGE
         return
-    spare = old.with_name(f".{old.name}.replaced-{os.getpid()}")
-    os.rename(old, spare)
-    os.rename(new, old)
-    remove(spare)
+    spare = new.with_name(f"{new.name}.old")
+    try:
+        os.rename(old, spare)
+        os.rename(new, old)
+    finally:  # a failure or a signal on the way puts the old one back
+        if spare.exists():
+            os.rename(spare, new if old.exists() else old)

@@ -1,9 +1,9 @@
-"""The processes of a run: their ranks, how a model is cut over them, and how they agree on a few numbers.
+"""The processes of a run: their ranks, how a model is sharded over them, and how they exchange values and rows.
 
-Under torchrun every process runs the same program on its own rows. Rank r holds one shard of every weight (FSDP2,
+Under torchrun every process runs the same program on its own rows. Each rank holds one shard of every weight (FSDP2,
 arXiv 2304.11277); with `replicate` copies of the sharded model (HSDP) only gradients cross between nodes. Without
-torchrun there is one process, rank 0 of 1, and every function here returns its own value. torch.distributed is used in
-this file and in checkpoints.py alone; other files ask a World.
+torchrun there is one process, rank 0 of 1, to which every function here returns its own value. torch.distributed is
+used in this file and in checkpoints.py alone; other files pass a World to these functions.
 
     python sft.py …                                                         one process
     torchrun --nproc-per-node 8 sft.py …                                    eight, one shard each
@@ -41,7 +41,7 @@ class World:
 
 
 def pick_device(name="auto"):
-    """"auto", "cpu" or "cuda" as the name of this process's device. InputError for a GPU that is not there."""
+    """torch's name of this process's device ("cpu", "cuda:3") for "auto", "cpu" or "cuda". InputError without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device; expected one, or --device cpu")
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
@@ -50,7 +50,7 @@ def pick_device(name="auto"):
 
 
 def start(device="auto", replicate=1):
-    """The World of this process. InputError when the ranks do not divide by `replicate`, or for an absent GPU."""
+    """The World of this process. InputError if `replicate` does not divide the ranks, or if there is no such device."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(pick_device(device))
     if device.type == "cuda":
@@ -73,7 +73,7 @@ def barrier(world):
 
 
 def stop(world):
-    """Leaves the process group. Call it at a good end only, because it waits for every rank, a failed one too."""
+    """Leaves the process group once every rank is here. Call it after success only: a failed rank never comes."""
     barrier(world)
     if world.size > 1:
         dist.destroy_process_group()
@@ -82,7 +82,7 @@ def stop(world):
 
 
 def all_sum(world, values):
-    """The sum of each number over all ranks, the same bits on every rank."""
+    """[the sum over all ranks of each of `values`] in float64, the same bits on every rank."""
     if world.size == 1:
         return [float(value) for value in values]
     values = torch.tensor([float(value) for value in values], dtype=torch.float64)
@@ -100,7 +100,7 @@ def from_rank_0(world, value):
 
 
 def computed_on_rank_0(world, function):
-    """function() of rank 0 on every rank; an InputError or OSError there is raised on every rank."""
+    """Calls function() on rank 0 and returns its value, or raises its InputError or OSError, on every rank."""
     value = None
     if world.rank == 0:
         try:
@@ -114,18 +114,20 @@ def computed_on_rank_0(world, function):
 
 
 def from_all(world, value):
-    """[every rank's `value`], by rank, on every rank."""
-    if world.size == 1:
-        return [value]
-    values = [None] * world.size
-    dist.all_gather_object(values, value)
+    """[every rank's `value`], by rank, on every rank; the first InputError or OSError among them is raised instead."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    for found in values:
+        if isinstance(found, Exception):
+            raise found
     return values
 
 
 def interleaved_on_rank_0(world, rows, total):
-    """Rank 0: the `total` rows that the ranks hold in turn (rank r has r, r + size, …), in order; the others: None.
+    """[total, D] on rank 0, None on the others: all ranks' rows in order, of which rank r holds r, r + size, …
 
-    `rows` [about total / size, D] is this rank's CPU tensor.
+    rows [about total / size, D]: this rank's, on the CPU.
     """
     if world.size == 1:
         return rows
@@ -137,18 +139,19 @@ def interleaved_on_rank_0(world, rows, total):
 
 # ----- rows that ranks share -----------------------------------------------------------------------------------------
 
-ROWS_AT_A_TIME = 1024  # that are sent
+ROWS_AT_A_TIME = 1024  # in one broadcast
 
 
 def shared_rows(world, rows):
-    """Every rank's `rows`, [(number, array, …)] with one-dimensional int32 arrays, in one list on every rank.
+    """The `rows` [(number, array, …)] of all ranks in one list, on every rank; the arrays are int32, one-dimensional.
 
-    Their arrays are parts of one file in the folder for temporary files, which the processes of a node map together: a
-    node holds them once, not once a rank. It has lost its name before it is filled, so that it goes with the last
-    process that has it, however that ends. One process gets its own rows back. OSError on every rank if a disk is full.
+    The arrays that are returned are views of one temporary file that the processes of a node map, so that a node holds
+    them once, not once a rank. The file is unlinked before it is filled: it is gone when the last process that has it
+    open ends, however it ends. One process gets its own rows back. OSError on every rank if the disk of one is full.
     """
     if world.size == 1:
         return rows
+    # of each row its number and the lengths of its arrays
     shapes = np.array([[number, *map(len, arrays)] for number, *arrays in rows], np.int64)
     shapes, error = from_all(world, shapes.reshape(-1, len(rows[0]) if rows else 1)), None
     with file_of_the_node(world) as (file, is_writer):
@@ -161,41 +164,43 @@ def shared_rows(world, rows):
                 dist.broadcast(piece, src=rank)
                 rest = memoryview(piece.numpy()).cast("B") if is_writer and not error and len(piece) else b""
                 try:
-                    while rest:  # a disk that is nearly full takes a part
+                    while rest:  # a disk that is nearly full writes only a part
                         rest = rest[file.write(rest):]
                 except OSError as found:
                     error = OSError(found.errno, found.strerror, tempfile.gettempdir())
-        for found in from_all(world, error):
-            if found:
-                raise found
+        from_all(world, error)  # raises it on every rank
         length = os.fstat(file.fileno()).st_size
-        # a copy of a page is made if it is written to: torch warns of memory that may only be read
+        # copy on write, because torch warns about tensors over read-only memory
         mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY) if length else b""
-    numbers, found, start = np.frombuffer(mapped, np.int32), [], 0
+    values, found, start = np.frombuffer(mapped, np.int32), [], 0
     for number, *lengths in itertools.chain(*(shape.tolist() for shape in shapes)):
         ends = list(itertools.accumulate(lengths, initial=start))
-        found.append((number, *(numbers[begin:end] for begin, end in itertools.pairwise(ends))))
+        found.append((number, *(values[begin:end] for begin, end in itertools.pairwise(ends))))
         start = ends[-1]
     return found
 
 
 @contextlib.contextmanager
 def file_of_the_node(world):
-    """(an open file without a name that all processes of this node have, whether this process is to write it)."""
+    """Yields (a file without a name that all processes of this node have open, whether this process writes it)."""
     local = int(os.environ.get("LOCAL_RANK", 0))
-    names = from_all(world, new_file() if local == 0 else None)
-    for name in names:
-        if isinstance(name, OSError):
-            raise name
-    with open(names[world.rank - local], "r+b", buffering=0) as file:
-        barrier(world)
-        if local == 0:
-            os.unlink(names[world.rank])
+    made = from_all(world, (new_file(),) if local == 0 else None)  # in a tuple: an error waits until all names are gone
+    file, = made[world.rank - local]  # of this node's first rank; or why there is none
+    with contextlib.ExitStack() as stack:
+        if not isinstance(file, OSError):
+            try:
+                file = stack.enter_context(open(file, "r+b", buffering=0))
+            except OSError as error:
+                file = error
+        barrier(world)  # all have it open
+        if local == 0 and isinstance(made[world.rank][0], str):
+            os.unlink(made[world.rank][0])
+        from_all(world, file if isinstance(file, OSError) else None)
         yield file, local == 0
 
 
 def new_file():
-    """The name of a new temporary file, or the OSError."""
+    """The name of a new temporary file, or the OSError, which `from_all` raises on every rank."""
     try:
         handle, name = tempfile.mkstemp(prefix="finemedlm-rows-")
         os.close(handle)
@@ -207,9 +212,9 @@ def new_file():
 
 
 def shard(model, world):
-    """Cuts a model over the ranks, block by block, in place; gradients are reduced in fp32. Does nothing for one rank.
+    """Shards a model over the ranks in place, block by block; gradients are reduced in fp32. One rank keeps it whole.
 
-    Embedding and head stay with the root group, because they may be one weight.
+    Embedding, last norm and head are one group, the root, because embedding and head may be one weight.
     """
     if world.mesh:
         for module in (*model.layers, model):
@@ -217,7 +222,7 @@ def shard(model, world):
 
 
 def first_row(world, rows):
-    """The first row of this rank's shard of a parameter of `rows` rows: FSDP2 cuts them as torch.chunk does."""
+    """The number of the first row in this rank's shard of a parameter of `rows` rows, cut as torch.chunk cuts them."""
     return world.shard * math.ceil(rows / world.shards)
 
 
@@ -227,7 +232,7 @@ def local(tensor):
 
 
 def sharded_like(world, parameter, rows):
-    """This rank's `rows`, as a tensor sharded as `parameter` is; for one process the rows themselves."""
+    """The tensor sharded like `parameter` whose shard on this rank is `rows`; for one process the rows themselves."""
     if not world.mesh:
         return rows
     return DTensor.from_local(rows, parameter.device_mesh, parameter.placements, run_check=False,
@@ -235,5 +240,5 @@ def sharded_like(world, parameter, rows):
 
 
 def full(tensor):
-    """The whole of a sharded tensor, gathered by all ranks together, or the tensor itself."""
+    """The whole of a sharded tensor, which all ranks gather together, or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

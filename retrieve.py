@@ -218,14 +218,12 @@ def encode_in_parallel(encoder, texts, progress=False):
     float32 [N, D], the others None."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return encoder.encode(texts, progress=progress)
-    world, share, error = start("cpu"), None, None  # vectors are gathered in main memory, wherever the encoder runs
+    world, error = start("cpu"), None  # vectors are gathered in main memory, wherever the encoder runs
     try:
         share = encoder.encode(texts[world.rank::world.size], progress=progress and world.rank == 0)
     except InputError as found:
         error = found
-    errors = [error for error in from_all(world, error) if error]
-    if errors:  # on every rank, because none may wait for another
-        raise errors[0]
+    from_all(world, error)  # raises it on every rank, because none may wait for another
     vectors = interleaved_on_rank_0(world, torch.from_numpy(share), len(texts))
     stop(world)
     return None if vectors is None else vectors.numpy()

@@ -40,7 +40,7 @@ from files import (
     write_json,
 )
 from model import LlamaConfig, open_checkpoint
-from parallel import World, barrier, computed_on_rank_0, from_all, full, sharded_like, shared_rows, start
+from parallel import World, computed_on_rank_0, from_all, full, sharded_like, shared_rows, start
 from rows import draw_rows
 from tokenizer import Tokenizer, notice_of
 from train import epochs_of, load_checkpoint, load_training, micro_batches_of
@@ -138,14 +138,20 @@ def open_run(args, name, fixed=()):
         raise InputError(f"--max-length {args.max_length}: found more than the model's context of "
                          f"{run.config.max_position_embeddings} tokens, expected at most that")
     if not args.dry_run and not args.inspect:
-        computed_on_rank_0(world, lambda: hold(run.out))
-        earlier = "the checkpoints" if checkpoints_of(run.out / "checkpoints") else \
-            "the model" if (run.out / "model/config.json").is_file() else None
-        if earlier and not args.resume:
-            raise InputError(f"--out {run.out}: holds {earlier} of an earlier run; expected --resume to go on, or "
-                             "another folder")
+        computed_on_rank_0(world, lambda: take_folder(run))
     args.micro_tokens = args.micro_tokens or default_budget(world)
     return run
+
+
+def take_folder(run):
+    """Keeps --out for this run. InputError if another writes there, or for one that holds a run and no --resume."""
+    # by a file in it, because the folder above may be another's, as that of a disk mounted for the run
+    hold(run.out / "config.json")
+    earlier = "the checkpoints" if checkpoints_of(run.out / "checkpoints") else \
+        "the model" if (run.out / "model/config.json").is_file() else None
+    if earlier and not run.args.resume:
+        raise InputError(f"--out {run.out}: holds {earlier} of an earlier run; expected --resume to go on, or "
+                         "another folder")
 
 
 def config_of(args):
@@ -162,11 +168,11 @@ def default_budget(world):
 
 
 def read_examples(run, parse, render, kind=None):
-    """(training examples, held-out examples): rows drawn from --data, read by `parse` and rendered by `render`.
+    """(training examples, held-out examples), each [(where, array, …)], the same on every rank; sets `run.plan`.
 
-    parse(record) -> the content of a row; render(tokenizer, [(where, content)], max_length, on_bad_row=…) ->
-    ([(where, …)], {outcome: rows, "faults": …}). Each rank renders its share of the rows, then all ranks map all
-    examples. `run.plan` gets the number of rows by outcome, and of optimizer steps.
+    Draws rows from --data (of `kind`, if given): parse(record) -> the content of a row. Each rank renders its share:
+    render(tokenizer, [(where, content)], max_length, on_bad_row=…) -> ([(where, array, …)], {outcome: rows, "faults":
+    [text]}). InputError if a row is refused or none is left.
     """
     args, world = run.args, run.world
     held_out = 200 if args.val_rows is None else args.val_rows
@@ -175,19 +181,16 @@ def read_examples(run, parse, render, kind=None):
     share = tqdm(rows[world.rank::world.size], desc="rendering", unit="row", file=sys.stderr, delay=2,
                  disable=None if world.rank == 0 else True)
     try:
-        outcome = render(run.tokenizer, share, args.max_length, on_bad_row=args.on_bad_row)
+        rendered, report = render(run.tokenizer, share, args.max_length, on_bad_row=args.on_bad_row)
+        outcome = report, run.tokenizer.read_as_text
     except InputError as error:
         outcome = error
     places = [where for where, _ in rows]
-    del rows, share  # the texts, before the arrays of the other ranks come
-    rendered, report = ([], outcome) if isinstance(outcome, InputError) else outcome
-    reports, unread = zip(*from_all(world, (report, run.tokenizer.read_as_text)))
-    for report in reports:
-        if isinstance(report, InputError):
-            raise report
+    del rows, share  # frees the texts before the arrays of the other ranks come
+    reports, unread = zip(*from_all(world, outcome))  # an InputError of any rank is raised on all
     number_of = {where: i for i, where in enumerate(places)}
     examples = shared_rows(world, [(number_of[where], *arrays) for where, *arrays in rendered])
-    examples = [(places[i], *arrays) for i, *arrays in sorted(examples, key=lambda row: row[0])]
+    examples = [(places[i], *arrays) for i, *arrays in sorted(examples, key=lambda row: row[0])]  # as they were drawn
     if args.val_rows is None:
         held_out = min(200, len(examples) // 20)
     held, examples = examples[:held_out], examples[held_out:held_out + args.rows]
@@ -274,7 +277,7 @@ def expected_memory(config, world, *, dtype, tokens, activation_checkpointing, f
 
 
 def begin(run):
-    """The Training that starts from --model. Before anything is written, --resume is checked against --out."""
+    """The Training that starts from --model. InputError, before anything is written, if --resume does not fit --out."""
     args, world = run.args, run.world
     hashes = computed_on_rank_0(world, lambda: [sha256(file) for file in args.data])
     run.files = [{"file": file, "rows": run.plan["files"].get(file, 0), "sha256": hexdigest}
@@ -282,14 +285,14 @@ def begin(run):
     run.recipe = {flag: getattr(args, flag) for flag in (  # the data, its order and the schedule follow from these
         *run.fixed, "model", "rows", "epochs", "max_steps", "lr", "warmup", "weight_decay", "clip", "batch_size",
         "max_length", "seed", "dtype")} | {"held_out": run.plan["rows_held_out"]}
-    # model, prompts and data by what they are, not where
+    # model, prompts and data by their contents, because folders and files may have moved
     run.facts = run.recipe | {"model": computed_on_rank_0(world, lambda: weights_sha256(args.model)),
                               "template": template_sha256(run.tokenizer),
                               "data": [one["sha256"] for one in run.files]}
     if args.resume:
         run.checkpoint = checkpoint_to_resume(world, run.out / "checkpoints", run.facts)
-    if world.rank == 0:
-        write_json(run.out / "config.json", vars(args) | {"files": run.files, "plan": run.plan})
+    computed_on_rank_0(world, lambda: write_json(run.out / "config.json",
+                                                 vars(args) | {"files": run.files, "plan": run.plan}))
     # the activations of a row longer than --micro-tokens are computed again in backward, not kept
     above = 0 if args.activation_checkpointing else args.micro_tokens
     return load_training(args.model, world, dtype=DTYPES[args.dtype], weight_decay=args.weight_decay,
@@ -304,7 +307,7 @@ def template_sha256(tokenizer):
 
 
 def resume(run, training):
-    """With --resume: fills `training` from the checkpoint that `begin` found."""
+    """With --resume, fills `training` from the checkpoint that `begin` found, or says that there is none."""
     if run.checkpoint:
         load_checkpoint(training, *run.checkpoint)
     elif run.args.resume and run.world.rank == 0:
@@ -367,22 +370,29 @@ def export_model(training, directory, *, source, dtype, card):
     folder `source`; `card` is the text of README.md.
     """
     model, world = training.model, training.world
+    left = dict.fromkeys(checkpoint_names(model.config))
 
     def gathered(name):
+        del left[name]
         return full(sharded_like(world, model.get_parameter(name), training.masters[name]))
 
     def add_files(folder):
         say_what_was_trained(folder, source)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
         if is_llama3(model.config):
             (folder / "NOTICE").write_text(LLAMA_NOTICE, encoding="utf-8")
-    if world.rank == 0:
-        write_checkpoint(directory, model.config, gathered, source=source, dtype=dtype, seed=training.seed,
-                         add_files=add_files)
-    else:
-        for name in checkpoint_names(model.config):
-            gathered(name)
-    barrier(world)
+
+    def write():
+        try:
+            write_checkpoint(directory, model.config, gathered, source=source, dtype=dtype, seed=training.seed,
+                             add_files=add_files)
+        except OSError:  # the other ranks take part in the gathering of the rest, and then hear of it
+            for name in list(left):
+                gathered(name)
+            raise
+    for name in list(left) if world.rank else ():
+        gathered(name)
+    computed_on_rank_0(world, write)
 
 
 def say_what_was_trained(folder, source):

@@ -1,21 +1,21 @@
-"""Training as SFT and DPO share it: optimizer, fp32 masters, one step, the loop.
+"""The training that SFT and DPO share: optimizer, fp32 masters, one step, the loop.
 
-    weights w (bf16, sharded) compute; masters m (fp32, sharded) learn
+    weights w (bf16, sharded) compute the loss; masters m (fp32, sharded) take the steps
     for each step:
         for each micro-batch of this rank:   G += gradient of the summed loss at w      (FSDP reduces, G is fp32)
         g = G · ranks / N                    N: tokens or pairs, counted over all micro-batches and ranks
         m = AdamW(m, clip(g), lr(step))      arXiv 1711.05101
         w = stochastic_round(m)              arXiv 2502.20566; seeded, so that a resume repeats it
 
-Dividing once, by the count over the whole step, gives the gradient of one big batch however the rows are spread over
-ranks and micro-batches; FSDP averages over ranks, hence the factor. Masters and stochastic rounding are there because
-a step of 1e-6 is far below half a bf16 ulp of most weights (rounding.py).
+One division, by the count over the whole step, gives the gradient of one big batch however the rows are spread over
+ranks and micro-batches. G is multiplied by the number of ranks because FSDP averages over them. Masters and stochastic
+rounding are needed because a step of 1e-6 is far below half a bf16 ulp of most weights (rounding.py).
 
 The same command on the same CPUs with the same number of ranks gives the same bits, also across kills and resumes (a
-GPU's attention adds gradients in no fixed order). Another number of ranks sees the same rows in the same steps; with
---dtype fp32 it gives the same weights up to the order of sums (1e-6), in bf16 the rounding noise differs.
+GPU's attention adds gradients in no fixed order). Another number of ranks sees the same rows in the same steps: with
+--dtype fp32 the weights are the same up to the order of sums (1e-6); in bf16 the rounding noise differs.
 
-State a parameter costs 18 bytes in bf16 (2 weights, 4 master, 8 moments, 4 gradient), 16 in fp32, over all shards.
+Each parameter's state takes 18 bytes in bf16 (2 weight, 4 master, 8 moments, 4 gradient), 16 in fp32, over all shards.
 """
 import contextlib
 import json
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from checkpoints import load_tensors, look, save_tensors
 from data import split_step, steps_of_epochs
 from fast import Threads, return_freed_memory
-from files import InputError, read_jsonl, resident, written_aside
+from files import InputError, naming, read_jsonl, resident, written_aside
 from model import Llama, open_checkpoint
 from parallel import World, all_sum, first_row, local, shard, sharded_like
 from rounding import slices, stochastic_rounder
@@ -54,16 +54,16 @@ class Training:
     seed: int
     checkpoint_above: float = math.inf  # micro-batches of more tokens compute their activations again in backward
     step: int = 0  # optimizer steps tried
-    updates: int = 0  # and done: a step with a loss or gradient that is not finite changes nothing
+    updates: int = 0  # optimizer steps taken: one whose loss or gradient is not finite is skipped
     rows: int = 0  # rows consumed: the position in the data
-    verified: dict = field(default_factory=dict)  # checkpoints that this run has written or read back, see save_tensors
+    verified: dict = field(default_factory=dict)  # checkpoints that need no second reading, see save_tensors
 
 
 def load_training(directory, world, *, dtype=torch.bfloat16, weight_decay=0.01, checkpoint_above=math.inf, seed=42):
-    """The Training that begins from the model in `directory`. No rank ever holds the whole: each reads its own rows."""
+    """The Training at step 0 of the model in `directory`. Each rank reads its own rows; none ever holds the whole."""
     config, files = open_checkpoint(directory)
     names = checkpoint_names(config, files)
-    with torch.device("meta"):  # without memory until it is cut
+    with torch.device("meta"):  # the model takes no memory until it is sharded
         model = Llama(config).to(dtype)
     shard(model, world)
     model.to_empty(device=world.device)
@@ -85,7 +85,7 @@ def load_training(directory, world, *, dtype=torch.bfloat16, weight_decay=0.01, 
         {"params": [m for m in masters.values() if m.dim() > 1], "weight_decay": weight_decay},
         {"params": [m for m in masters.values() if m.dim() == 1], "weight_decay": 0.0},  # norms
     ], fused=True)
-    for master in masters.values():  # made now, not at the first step, so that a checkpoint always has them
+    for master in masters.values():  # made now, not at the first step, because a resume fills them before it
         optimizer.state[master] = {"step": torch.zeros((), device=world.device), "exp_avg": torch.zeros_like(master),
                                    "exp_avg_sq": torch.zeros_like(master)}
     training = Training(model, world, masters, grads, optimizer, seed, checkpoint_above)
@@ -94,13 +94,13 @@ def load_training(directory, world, *, dtype=torch.bfloat16, weight_decay=0.01, 
 
 
 def add_gradient_to(total):
-    """A hook that adds a micro-batch's gradient to the fp32 `total` as soon as it is complete, and frees it.
+    """A hook that adds a parameter's gradient to the fp32 `total` as soon as backward has computed it, and frees it.
 
-    Autograd and FSDP hand gradients back in the weights' bf16; adding them up in bf16 would lose the small ones.
+    Autograd and FSDP give gradients in the weights' bf16; a sum over micro-batches in bf16 would lose the small ones.
     """
     @torch.no_grad()
     def add(parameter):
-        if parameter.grad is not None:  # None where backward added to a buffer itself
+        if parameter.grad is not None:  # None where backward has added to `total` itself (model.embed_grad, head_grad)
             total.add_(local(parameter.grad))
             parameter.grad = None
     return add
@@ -108,9 +108,9 @@ def add_gradient_to(total):
 
 @torch.no_grad()
 def refresh_weights(training):
-    """bf16 weights ← masters, stochastically rounded; a function of the masters, seed, updates and shard alone.
+    """bf16 weights ← masters, stochastically rounded: a function of the masters, seed, updates and shard alone.
 
-    Replicas draw the same noise. The noise of one shard differs from that of the same rows cut otherwise.
+    Replicas of a shard draw the same noise. Another number of shards draws other noise for the same rows.
     """
     world = training.world
     generator = torch.Generator(world.device).manual_seed(random_number(training.seed, training.updates, world.shard))
@@ -122,9 +122,9 @@ def refresh_weights(training):
 
 
 def state_tensors(training):
-    """{name: tensor} of all that a checkpoint holds beside a few numbers; loading writes into these same tensors.
+    """{name: tensor} of the masters and AdamW's moments, which a checkpoint holds; loading fills these same tensors.
 
-    The bf16 weights are not among them: they are a function of the masters (`refresh_weights`).
+    The bf16 weights are not among them, because they follow from the masters (`refresh_weights`).
     """
     tensors = {}
     for name, parameter in training.model.named_parameters():
@@ -136,14 +136,14 @@ def state_tensors(training):
 
 
 def save_checkpoint(training, folder, *, keep=2, facts=None):
-    """Writes folder/step-000100 and removes all older than the newest `keep` that verify; see checkpoints.py."""
+    """Saves `training` as folder/step-000100 (see checkpoints.save_tensors); `facts`: what a resume must agree on."""
     numbers = {"updates": training.updates, "rows": training.rows, "facts": facts or {}}
     save_tensors(training.world, folder, training.step, state_tensors(training), numbers, keep=keep,
                  verified=training.verified)
 
 
 def load_checkpoint(training, path, numbers):
-    """Fills `training` from what `checkpoint_to_resume` found; the number of ranks may have changed."""
+    """Fills `training` from the (path, numbers) of `checkpoint_to_resume`; the number of ranks may have changed."""
     load_tensors(training.world, path, state_tensors(training))
     training.verified[path] = look(path)
     training.step, training.updates, training.rows = numbers["step"], numbers["updates"], numbers["rows"]
@@ -155,13 +155,13 @@ def load_checkpoint(training, path, numbers):
 
 
 def micro_batches_of(examples, budget, world, *, tokens, collate):
-    """This rank's share of `examples` as micro-batches, for a pass without steps (validation)."""
+    """[this rank's micro-batches of `examples`], for a pass without optimizer steps; arguments as of `epochs_of`."""
     bins = split_step([tokens(example) for example in examples], budget, world.size)[world.rank::world.size]
     return [collate([examples[i] for i in rows]) for rows in bins]
 
 
 def epochs_of(examples, *, batch_size, budget, seed, world, tokens, collate):
-    """The `batches` of `fit`: from a position in the data on, step by step, without end.
+    """The function batches(consumed) that `fit` asks for: an endless iterator over steps, from that many rows on.
 
     tokens(example): its length in a micro-batch; collate([example, …]) -> micro-batch of at most `budget` tokens.
     """
@@ -182,9 +182,9 @@ def on_device(batch, device):
 
 
 def learning_rate(step, steps, peak, warmup):
-    """The rate of optimizer step 0 … steps - 1: rises linearly over the first `warmup` (a fraction), then a cosine.
+    """The rate of optimizer step 0 … steps - 1: a linear rise over the fraction `warmup` of them, then a cosine.
 
-    Neither the first nor the last step has rate 0: that would be a step without effect.
+    Neither the first nor the last step has rate 0, because such a step would have no effect.
     """
     rise = math.ceil(warmup * steps)
     if step < rise:
@@ -193,7 +193,7 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def take_step(training, stream, loss_fn, lr, clip, signals):
-    """One optimizer step on the next batch of `stream`: (its row of metrics, its row numbers)."""
+    """Takes one optimizer step on the next batch of `stream`: (metrics, row numbers, the signal to stop for or 0)."""
     model, world, began = training.model, training.world, time.perf_counter()
     rows, micro_batches = next(stream)
     loss, count, tokens, sums = 0, 0, 0, Counter()
@@ -209,13 +209,12 @@ def take_step(training, stream, loss_fn, lr, clip, signals):
     squares = sum(torch.linalg.vector_norm(grad).double() ** 2 for grad in training.grads.values())
     names = sorted(sums)
     loss, count, tokens, squares, terminate, interrupt, *sums = all_sum(world, [
-        loss, count, tokens, squares, *signals_in(signals),
-        *(sums[name] for name in names)])
+        loss, count, tokens, squares, *signals_in(signals), *(sums[name] for name in names)])
     count = max(count, 1)
-    # FSDP has divided the sum of the ranks' gradients by their number; each shard is held by size / shards replicas
+    # FSDP has divided the sum of the ranks' gradients by `size`; `squares` counts each shard size / shards times
     norm = math.sqrt(squares / (world.size / world.shards)) * world.size / count
     finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:  # a branch, because NaN · 0 is NaN; all ranks take the same one, because they see the same sums
+    if finite:  # not a factor of 0, because NaN · 0 is NaN; all ranks decide alike, because they see the same sums
         scale = world.size / count * min(1.0, clip / (norm + 1e-6) if clip else 1.0)
         for grad in training.grads.values():
             grad.mul_(scale)
@@ -227,7 +226,7 @@ def take_step(training, stream, loss_fn, lr, clip, signals):
     for grad in training.grads.values():
         grad.zero_()
     training.step += 1
-    if training.step % 8 == 0:  # not each time: the pages must be mapped again, which takes a tenth of a second or two
+    if training.step % 8 == 0:  # not at every step, because mapping the pages again takes 0.1 to 0.2 seconds
         return_freed_memory(world.device)
     training.rows += len(rows)
     seconds = time.perf_counter() - began
@@ -237,12 +236,12 @@ def take_step(training, stream, loss_fn, lr, clip, signals):
     if world.device.type == "cuda":
         row["mfu"] = round(step_flops(model.config, tokens) / seconds / world.size / peak_flops(world.device), 4)
     row |= {name: value / count for name, value in zip(names, sums)}
-    return row | {"signal": signal_among(terminate, interrupt)}, rows
+    return row, rows, signal_among(terminate, interrupt)
 
 
 @torch.no_grad()
 def validate(training, micro_batches, loss_fn):
-    """{"loss" and the names of loss_fn's sums: per counted token or pair} over all ranks' `micro_batches`."""
+    """{"loss": …, name: …}: loss_fn's sums over all ranks' `micro_batches`, divided by the count of tokens or pairs."""
     loss, count, sums = 0, 0, Counter()
     for batch in tqdm(micro_batches, desc="held-out rows", unit="batch", delay=2, leave=False, file=sys.stderr,
                       disable=None if training.world.rank == 0 else True):
@@ -250,7 +249,7 @@ def validate(training, micro_batches, loss_fn):
         loss, count = loss + batch_loss.double(), count + n
         for name, value in extra.items():
             sums[name] += value
-    if training.world.mesh:  # the root stays gathered after a forward pass until a backward pass, which there is not
+    if training.world.mesh:  # FSDP keeps the root gathered until a backward pass, and here none follows
         training.model.reshard()
     return_freed_memory(training.world.device)
     names = sorted(sums)
@@ -264,12 +263,12 @@ def fit(training, batches, loss_fn, *, steps, lr, warmup=0.1, clip=1.0, out=None
         facts=None, where=str):
     """Trains until optimizer step `steps`. SystemExit after a signal (130, 143) and after three bad steps in a row (1).
 
-    batches(rows) yields, from that position in the data on, (the step's row numbers, [this rank's micro-batches]).
-    loss_fn(model, batch) -> (summed loss, count, {name: sum}); all are added up over micro-batches and ranks, and
-    divided by the count. On the micro-batches `held` the same is measured before, at each save and after, and logged as
-    val_name. With `out`: a line a step in out/metrics.jsonl, and every `save_every` steps, at the end and on a signal a
-    checkpoint, which notes `facts`. A step whose loss or gradient norm is not finite is skipped; its rows are named by
-    `where(row)`.
+    batches(consumed) yields (the step's row numbers, [this rank's micro-batches]), from that many rows of the data on.
+    loss_fn(model, batch) -> (summed loss, count, {name: sum}): loss and sums are added up over micro-batches and ranks
+    and divided by the count. They are also measured on the micro-batches `held`, before the first step, every
+    `save_every` steps (0: never) and after the last, and logged as val_NAME. With `out`, each step appends a line to
+    out/metrics.jsonl, and a checkpoint that notes `facts` is saved every `save_every` steps and wherever the run stops.
+    A bad step, whose loss or gradient norm is not finite, changes nothing; its rows are logged as where(row).
     """
     world, bad_in_a_row = training.world, 0
     metrics_file = open_metrics(out, training.step) if out and world.rank == 0 else None
@@ -281,29 +280,28 @@ def fit(training, batches, loss_fn, *, steps, lr, warmup=0.1, clip=1.0, out=None
             tqdm.write(text, file=sys.stderr)
 
     def log(row):
-        if metrics_file:  # NaN and infinity are no JSON: written as text
+        if metrics_file:  # NaN and infinity are written as text, because JSON has neither
             row = {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
             metrics_file.write(json.dumps(row) + "\n")
             metrics_file.flush()
 
     def validated():
         return {f"val_{name}": value for name, value in validate(training, held, loss_fn).items()}
-    with (contextlib.closing(bar), contextlib.closing(metrics_file or bar), contextlib.closing(Threads()) as threads,
-          signals_noted() as signals):
+    with (naming(Path(out or "") / "metrics.jsonl"), contextlib.closing(bar), metrics_file or contextlib.nullcontext(),
+          contextlib.closing(Threads()) as threads, signals_noted() as signals):
         if held and training.step == 0:
             log({"step": 0} | validated())
         stream = batches(training.rows)
         while training.step < steps:
             rate = learning_rate(training.step, steps, lr, warmup)
             threads.leave_busy_cores()
-            row, rows = take_step(training, stream, loss_fn, rate, clip, signals)
+            row, rows, signal_seen = take_step(training, stream, loss_fn, rate, clip, signals)
             bad_in_a_row = 0 if row["finite"] else bad_in_a_row + 1
-            signal_seen, last = row.pop("signal"), training.step == steps
             if not row["finite"]:
                 row["skipped_rows"] = [where(i) for i in rows]
                 say(f"step {training.step}: loss {row['loss']}, gradient norm {row['grad_norm']}: skipped; "
                     f"its rows: {', '.join(row['skipped_rows'])}")
-            due = last or (save_every and training.step % save_every == 0)
+            due = training.step == steps or (save_every and training.step % save_every == 0)
             stopping = signal_seen or bad_in_a_row == 3
             if held and due and not stopping:
                 row |= validated()
@@ -312,7 +310,7 @@ def fit(training, batches, loss_fn, *, steps, lr, warmup=0.1, clip=1.0, out=None
             bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {rate:.1e}, {row['tokens_per_s']:,.0f} tok/s")
             if out and (due or stopping):
                 save_checkpoint(training, Path(out) / "checkpoints", keep=keep, facts=facts)
-                # one that came meanwhile: no step and no second save between it and the end
+                # a signal during the save ends the run now, without another step or save
                 signal_seen = signal_seen or signal_among(*all_sum(world, signals_in(signals)))
             if signal_seen:
                 say(f"stopped by a signal after step {training.step} of {steps}; --resume goes on from there")
@@ -325,7 +323,7 @@ def fit(training, batches, loss_fn, *, steps, lr, warmup=0.1, clip=1.0, out=None
 
 @contextlib.contextmanager
 def signals_noted():
-    """Inside, SIGTERM and SIGINT do nothing but enter the yielded set, which the loop looks at between two steps."""
+    """Inside, SIGTERM and SIGINT only enter the set that is yielded, so that the loop stops between two steps."""
     seen = set()
     before = {number: signal.signal(number, lambda number, frame: seen.add(number))
               for number in (signal.SIGTERM, signal.SIGINT)}
@@ -337,44 +335,45 @@ def signals_noted():
 
 
 def signals_in(seen):
-    """[whether SIGTERM, whether SIGINT is among those seen], for the ranks to add up."""
+    """[whether SIGTERM was seen, whether SIGINT was], which the ranks add up."""
     return [signal.SIGTERM in seen, signal.SIGINT in seen]
 
 
 def signal_among(terminate, interrupt):
-    """The signal to stop for, by how many ranks saw each; 0 for none."""
+    """The signal to stop for, or 0; `terminate` and `interrupt`: how many ranks have seen SIGTERM and SIGINT."""
     return signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
 
 
 def open_metrics(out, step):
-    """out/metrics.jsonl for appending, without the lines of steps after `step` that a kill has undone."""
+    """Opens out/metrics.jsonl to append, without the lines of steps after `step`, which a resume takes again."""
     path, lines = Path(out) / "metrics.jsonl", []
-    for _, row in read_jsonl(path) if path.exists() else ():
-        if not isinstance(row, InputError) and row.get("step", 0) <= step and step:  # a killed run ends in half a line
-            lines.append(json.dumps(row) + "\n")
+    if step and path.exists():
+        for _, row in read_jsonl(path):
+            if not isinstance(row, InputError) and row.get("step", 0) <= step:  # a kill may leave half a line
+                lines.append(json.dumps(row) + "\n")
     with written_aside(path) as aside:
         aside.write_text("".join(lines), encoding="utf-8")
     return open(path, "a", encoding="utf-8")
 
 
 def peak_memory(device):
-    """The most bytes this process has held: on the GPU, or resident in main memory."""
+    """The most bytes that this process has held, on the GPU or in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resident("VmHWM")
 
 
 def step_flops(config, tokens):
-    """Arithmetic of forward and backward over `tokens`: 6 a weight and token, embedding look-up aside.
+    """FLOPs of forward and backward over `tokens` tokens: 6 per weight and token; the embedding's look-up has none.
 
-    Attention's own products are left out: they depend on how the rows are cut, and so the MFU is a lower bound.
+    The products of attention are left out, because they depend on the rows' lengths; so the MFU is a lower bound.
     """
     looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return 6 * tokens * (parameter_count(config) - looked_up)
 
 
 def peak_flops(device):
-    """Dense bf16 FLOP/s of the GPU by its data sheet; infinite (MFU 0) for one not listed here."""
+    """Dense bf16 FLOP/s of the GPU by its data sheet; infinite, so that the MFU is 0, for one that is not listed."""
     name = torch.cuda.get_device_name(device)
     sheet = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
              "L40S": 362e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12}

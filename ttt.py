@@ -276,7 +276,9 @@ class Answerer:
         return ids, labels
 
     def fitting(self, question, history):
-        """`history` without the oldest turns that leave too little room for an answer to `question`; says so."""
+        """`history` without the oldest turns that leave too little room for an answer to `question`; says so.
+        InputError for a question that does not fit alone."""
+        check_length(prompt_ids(self.tokenizer, self.settings["system"], question), self.context)
         room, dropped = min(self.settings["max_new_tokens"], self.context // 2), 0
         while history and len(prompt_ids(self.tokenizer, self.settings["system"], question, history)) + room \
                 > self.context:
@@ -434,6 +436,8 @@ def parse_args(argv=None):
             setattr(args, name, value)
     if hasattr(args, "questions") != bool(args.out):
         parser.error("--questions and --out go together: one file to read, one to write")
+    if args.out and args.out.endswith(".gz"):
+        parser.error(f"--out {args.out}: found a name of a packed file, expected one like answers.jsonl")
     if hasattr(args, "question") and not args.question.strip():
         parser.error("--question: found an empty question, expected text")
     return args
@@ -515,8 +519,8 @@ def chat(answerer, as_json):
         except UnicodeDecodeError as error:
             raise InputError(f"the question is not UTF-8 text (byte {error.start})") from None
         if question:
-            history = answerer.fitting(question, history)
             try:
+                history = answerer.fitting(question, history)
                 result = answer_one(answerer, question, as_json, history)
             except InputError as error:  # a question too long, say: the next one may be better
                 print("error:", one_line(error), file=sys.stderr)

@@ -1,13 +1,13 @@
-"""Breaks the code a line at a time: the named test must fail, else it could not have told the difference.
+"""Mutation tests: breaks one line of the code at a time; the test that is named for it must fail, or it proves nothing.
 
-    for each (file, old line, new line, test):   the one line of that text is replaced in a copy of the tree; the test
-                                                 is run there; the line is put back
+    for each (file, old line, new line, test):   replace that line in a copy of the tree; run the test there, which must
+                                                 fail; put the line back
 
-First all named tests must pass in the copy as it is. Exit status 1 when a mutant survives, when an old line is not
+First all named tests must pass in the unbroken copy. Exit status 1 when a mutant survives, when an old line is not
 found exactly once, or when a test cannot be run.
 
     python tests/mutants.py               all, one after another (minutes)
-    python tests/mutants.py rounding      those whose file, lines or test contain a text
+    python tests/mutants.py rounding      those whose file, lines or test contain "rounding"
 """
 import os
 import shutil
@@ -33,7 +33,7 @@ LOCKLESS = "test_files.py::test_without_locks_scraps_stay_and_writing_goes_on"
 HASHED_ONCE = "test_checkpoints.py::test_a_rank_hashes_its_own_file_and_each_file_is_hashed_once"
 LOGITS = "test_model.py::test_logits_equal_transformers_on_tiny_models"
 
-# {file: [(old line, new line, the test that must fail), …]}, without the spaces in front
+# {file: [(old line, new line, the test that must fail), …]}; lines without their indentation
 MUTANTS = {
     "train.py": [
         ("round_(rounded, exact)", "rounded.copy_(exact)",
@@ -73,9 +73,9 @@ MUTANTS = {
          'n, p = (2, KEPT_KEYS // 2) if world.device.type == "cpu" else (3, 0)',
          "test_run.py::test_the_table_of_what_a_gpu_needs"),
         # one run a folder, and what a resume compares
-        ("computed_on_rank_0(world, lambda: hold(run.out))", "pass",
+        ('hold(run.out / "config.json")', "pass",
          "test_sft.py::test_two_runs_do_not_share_a_folder"),
-        ("if earlier and not args.resume:", 'if earlier == "the checkpoints" and not args.resume:',
+        ("if earlier and not run.args.resume:", 'if earlier == "the checkpoints" and not run.args.resume:',
          "test_sft.py::test_a_finished_model_without_checkpoints_is_not_overwritten"),
         ('run.facts = run.recipe | {"model": computed_on_rank_0(world, lambda: weights_sha256(args.model)),',
          'run.facts = run.recipe | {"model": str(args.model),',
@@ -146,6 +146,10 @@ MUTANTS = {
         ("raise cause or error from None", "raise error",
          "test_checkpoints.py::test_a_full_disk_ends_in_one_line_and_status_1")],
     "parallel.py": [
+        ("raise found", "pass", "test_parallel.py::test_collectives_by_hand"),
+        ('mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY) if length else b""',
+         'mapped = mmap.mmap(file.fileno(), length) if length else b""',
+         "test_parallel.py::test_rows_are_mapped_from_one_file_that_has_no_name"),
         ("rest = rest[file.write(rest):]", "file.write(rest); rest = b''",
          "test_parallel.py::test_a_full_temporary_folder_is_an_error_on_every_rank")],
     "fast.py": [
@@ -188,7 +192,7 @@ MUTANTS = {
 
 
 def replaced(text, old, new):
-    """`text` with its one line `old` replaced, or None where there is none or more than one."""
+    """`text` with the line `old` replaced by `new`, or None if it has no such line or several."""
     lines = text.split("\n")
     found = [i for i, line in enumerate(lines) if line.strip() == old]
     if len(found) != 1:
@@ -198,8 +202,8 @@ def replaced(text, old, new):
 
 
 def run_tests(tree, tests):
-    """pytest's exit status for `tests` in the copy, 1 where they hang, and the last line of its output."""
-    # no bytecode: a line put back within a second, of the same length, would not be seen to have changed
+    """(pytest's exit status for `tests` in the folder `tree`, its last line of output); a hang counts as a failure."""
+    # no bytecode, because Python would not notice a line of the same length that is put back within a second
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
     try:
         done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-rs", "-p", "no:cacheprovider",
@@ -211,8 +215,10 @@ def run_tests(tree, tests):
 
 
 def main(wanted=""):
-    mutants = [(file, *mutant) for file, own in MUTANTS.items() for mutant in own
+    mutants = [(file, *mutant) for file, listed in MUTANTS.items() for mutant in listed
                if wanted in " ".join((file, *mutant))]
+    if not mutants:  # pytest without a name would run all there is
+        sys.exit(f"{wanted!r}: found in no mutant; expected a text of a file, a line or a test")
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
@@ -223,7 +229,7 @@ def main(wanted=""):
             sys.exit(f"the tests do not all pass in the code as it is: {last}")
         for file, old, new, test in mutants:
             began, text = time.perf_counter(), (tree / file).read_text()
-            broken, last = replaced(text, old, new), ""
+            broken = replaced(text, old, new)
             if broken is None:
                 outcome = "not found exactly once"
             else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -24,8 +25,10 @@ context.set_forkserver_preload(["pytest", "torch._dynamo", "sft", "dpo", "ranks"
 
 import train  # noqa: E402 (after sys.path)
 from data import collate, steps_of_epochs  # noqa: E402
-from parallel import full, local, sharded_like, start  # noqa: E402
+from parallel import World, full, local, sharded_like, start  # noqa: E402
 from weights import DTYPES  # noqa: E402
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def run_ranks(world, function, *args):
@@ -55,7 +58,6 @@ def run_ranks(world, function, *args):
 
 
 def _rank(rank, world, port, pipe, function, args):
-    import torch
     torch.set_num_threads(1)
     if world > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
@@ -140,7 +142,11 @@ def equal(one, other):
     return all(one[kind][name].tobytes() == other[kind][name].tobytes() for kind in one for name in one[kind])
 
 
+def metrics_in(out):
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses_in(out):
     """[(step, loss, gradient norm)] of a run's metrics.jsonl."""
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in metrics_in(out)]

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import ALONE, run_ranks
 from torch.distributed.tensor import Shard
 
 import checkpoints
@@ -30,13 +30,11 @@ from checkpoints import (
     write_manifest,
 )
 from files import InputError
-from parallel import World, local, sharded_like, start, stop
-
-ALONE = World(0, 1, torch.device("cpu"))
+from parallel import local, sharded_like, start, stop
 
 
 def tensors(value):
-    """As many as a small run has, some of more and some of fewer bytes than are written at once, full of `value`."""
+    """{name: tensor} as of a small run, filled with `value`; some have more, some fewer bytes than one write takes."""
     shapes = [(96, 32), *[(64, 32), (32,), (32, 48), (32,), (32, 32), (96, 32)] * 2, (32,)]
     return {f"{kind}/{i}": torch.full(shape, float(value)) for kind in ("master", "exp_avg", "exp_avg_sq")
             for i, shape in enumerate(shapes)}
@@ -47,7 +45,7 @@ def save(folder, step, keep=2, **numbers):
 
 
 def resumed(folder, facts=None):
-    """The step of the checkpoint that a run in `folder` goes on from, every number of which must be of that step."""
+    """The step of the checkpoint that a run in `folder` resumes from, or None; all its tensors must be of that step."""
     found = checkpoint_to_resume(ALONE, folder, facts or {})
     if found is None:
         return None
@@ -110,6 +108,12 @@ def test_every_single_byte_corruption_is_found(tmp_path):
         path.write_bytes(good)
     assert fault_of(folder) is None
 
+
+def test_a_checkpoint_that_cannot_be_loaded_ends_in_one_line(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(InputError, match=r"step-000001: cannot be loaded: .*another.* \(rank 0\)$"):
+        load_tensors(ALONE, tmp_path / "step-000001", {"master/another": torch.zeros(2)})
+
 # ----- faults while writing ------------------------------------------------------------------------------------------
 
 
@@ -163,7 +167,7 @@ class Faults:
 
 
 def save_with_fault(folder, n, kind):
-    """Saves step 2 beside step 1; the number of operations, if it got to the end."""
+    """Saves step 2 beside step 1 and returns the number of file operations, if it comes to the end."""
     faults = Faults(folder, n, kind)
     faults.install()
     sys.stderr = io.StringIO()
@@ -172,7 +176,7 @@ def save_with_fault(folder, n, kind):
 
 
 def sweep(folder, kinds, points):
-    """After a fault at each point the loader yields all of step 1 or all of step 2."""
+    """After each of `kinds` of faults at each of points(number of operations), all of step 1 or all of step 2 loads."""
     save(folder / "first", 1)
     shutil.copytree(folder / "first", folder / "counted")
     total = run_ranks(1, save_with_fault, folder / "counted", 0, "none")[0]
@@ -209,7 +213,7 @@ def test_what_is_in_the_way_ends_in_one_line_and_status_1(tmp_path, capsys):
 
 
 def save_on_a_full_disk(folder, errors):
-    """A limit on the size of a file stands for the disk; it ends the last rank's writing, and the others know."""
+    """The last rank cannot write, because a limit on the size of its files stands for the full disk."""
     world = start("cpu")
     sys.stderr = open(f"{errors}-{world.rank}", "w")  # noqa: SIM115
     if world.rank == world.size - 1:
@@ -231,7 +235,7 @@ def test_a_full_disk_ends_in_one_line_and_status_1(tmp_path, size):
 
 
 def sharded(world, value):
-    """{name: tensor} of 8 numbered rows and more, cut over the ranks."""
+    """{name: tensor} of 8 and of 4099 rows whose numbers all differ, sharded over the ranks."""
     found = {}
     for name, n in (("master/a", 8), ("master/b", 4099)):
         whole = torch.arange(n * 2.0).view(n, 2) + value
@@ -243,7 +247,7 @@ def sharded(world, value):
 
 
 def save_and_count(folder, steps, keep):
-    """{file: how often this rank has hashed it}, over the saves of `steps` in one run."""
+    """{file name: how often this rank has hashed such a file} over the saves of `steps` in one run."""
     world, counts, verified, plain = start("cpu"), Counter(), {}, checkpoints.sha256
 
     def counted(path):
@@ -257,8 +261,8 @@ def save_and_count(folder, steps, keep):
 
 
 def load_sharded(folder):
-    """(the step that a run with this many ranks goes on from, whether this rank's rows are all of that step)."""
-    world, loaded = start("cpu"), None
+    """(the step that a run with this many ranks resumes from, whether all of this rank's rows are of that step)."""
+    world = start("cpu")
     path, numbers = checkpoint_to_resume(world, folder, {})
     loaded, expected = sharded(world, -1), sharded(world, numbers["step"])
     load_tensors(world, path, loaded)
@@ -268,7 +272,7 @@ def load_sharded(folder):
 
 
 def test_a_rank_hashes_its_own_file_and_each_file_is_hashed_once(tmp_path, capfd):
-    """Four saves by four ranks, of which two checkpoints are removed; then two ranks load, past a flipped bit."""
+    """Four ranks save four times and keep two checkpoints; two ranks load the newest, or if damaged the other."""
     counts = run_ranks(4, save_and_count, tmp_path, [1, 2, 3, 4], 2)
     assert counts == [{f"__{rank}_0.distcp": 4} | ({".metadata": 4, "state.json": 4, "SHA256SUMS": 4} if rank == 0
                                                    else {}) for rank in range(4)]
@@ -305,6 +309,24 @@ def test_nothing_is_read_again_unless_something_is_removed_on_its_account(tmp_pa
     assert [path.name[-1] for path in checkpoints_of(tmp_path)] == ["7", "6", "5", "4"]
 
 
+def save_where_none_can_be_removed(folder):
+    """What this rank prints over two saves, of which one is to be kept."""
+    def refuse(path):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+    checkpoints.remove, sys.stderr = refuse, io.StringIO()
+    world = start("cpu")
+    for step in (1, 2):
+        save_tensors(world, folder, step, sharded(world, step), {"facts": {}}, keep=1)
+    stop(world)
+    return sys.stderr.getvalue()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stops_no_rank(tmp_path):
+    said = f"could not remove {tmp_path}/step-000001: {tmp_path}/step-000001: Directory not empty\n"
+    assert run_ranks(2, save_where_none_can_be_removed, tmp_path) == [said, ""]
+    assert len(checkpoints_of(tmp_path)) == 2
+
+
 def test_scraps_of_other_steps_are_cleared_by_the_next_save(tmp_path):
     run_ranks(1, save_with_fault, tmp_path, 4, "kill after")
     assert len(list(tmp_path.iterdir())) == 2 and not checkpoints_of(tmp_path)
@@ -325,7 +347,7 @@ class Opens:
 
 
 def test_a_pickle_that_names_anything_else_is_not_run(tmp_path):
-    """With sums that fit, as whoever can write the folder can make them."""
+    """Its sums are right, because anyone who can write to the folder can make them so."""
     save(tmp_path, 1)
     path = tmp_path / "step-000001/.metadata"
     path.write_bytes(pickle.dumps(Opens(str(tmp_path / "made"))))

@@ -1,6 +1,6 @@
 """dpo.py: the losses by hand, beside TRL's and beside two plain models; the reference; the command as users meet it."""
+import errno
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -17,7 +17,7 @@ import ranks
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, assert_close, gradients, random_pairs, tiny_llama, write_jsonl
-from ranks import run_ranks
+from ranks import metrics_in, run_ranks
 from safetensors.torch import load_file, save_file
 
 import data
@@ -26,7 +26,7 @@ import model as M
 import train
 from data import collate_pairs
 from dpo import dpo_loss, pair_logps, preference_loss, sequence_logps
-from files import InputError
+from files import InputError, one_line
 from parallel import World
 from tokenizer import Tokenizer
 
@@ -308,8 +308,8 @@ def run_main(argv, kill=None):
 
 def metrics_of(out):
     """[each line of metrics.jsonl], without what the clock and the machine say."""
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "peak_memory_gb")} for row in rows]
+    timed = {"tokens_per_s", "peak_memory_gb"}
+    return [{key: value for key, value in row.items() if key not in timed} for row in metrics_in(out)]
 
 
 def exported(out):
@@ -375,6 +375,21 @@ def test_a_killed_precompute_goes_on(base, pairs_file, trained, tmp_path):
     assert run_ranks(1, run_main, argv) == [1]
     assert torch.equal(load_file(tmp_path / "reference.safetensors")["logps"],
                        load_file(trained / "reference.safetensors")["logps"])
+
+
+def on_a_full_disk(argv):
+    def write_safetensors(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    dpo.write_safetensors = write_safetensors
+    try:
+        dpo.main(list(map(str, argv)))
+    except OSError as error:
+        return one_line(error)
+
+
+def test_a_reference_that_cannot_be_written_ends_every_rank(base, pairs_file, tmp_path):
+    said = run_ranks(2, on_a_full_disk, arguments(base, pairs_file, tmp_path))
+    assert said == [f"{tmp_path}/reference.safetensors: No space left on device"] * 2
 
 
 def test_ranks_and_micro_batches_change_nothing_but_the_order_of_sums(base, pairs_file, tmp_path):
@@ -519,7 +534,7 @@ def test_wrong_input_is_one_line(base, pairs_file, tmp_path, change, message):
     with pytest.raises(InputError) as caught:
         dpo.main(argv)
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    assert not [path for path in (tmp_path / "out").glob("*") if path.name != ".config.json.lock"]  # until the end
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(too_few_rows, pairs_file, tmp_path):

@@ -79,7 +79,7 @@ def test_a_cut_gzip_file_is_reported(tmp_path):
     with pytest.raises(InputError, match="damaged gzip"):
         list(read_jsonl(tmp_path / "x.jsonl.gz"))
     whole, refused = gzip.compress(os.urandom(3000).hex().encode() + b"\n"), 0
-    for position in range(10, len(whole), 20):  # of a flipped bit nothing but InputError may come
+    for position in range(10, len(whole), 20):  # a flipped bit may raise nothing but InputError
         damaged = bytearray(whole)
         damaged[position] ^= 4
         (tmp_path / "x.jsonl.gz").write_bytes(damaged)
@@ -184,13 +184,57 @@ def test_two_renames_where_folders_cannot_be_exchanged(tmp_path, monkeypatch):
     test_written_aside_replaces_files_and_folders_whole(tmp_path)
 
 
+@pytest.mark.parametrize("fails, error", [(1, OSError), (2, OSError), (1, SystemExit), (2, SystemExit)])
+def test_the_old_folder_is_put_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch, fails, error):
+    """A SystemExit is a signal that came during the rename and is raised after it."""
+    calls, rename = [], os.rename
+
+    def fail(one, other):
+        calls.append(other)
+        if len(calls) != fails or error is SystemExit:
+            rename(one, other)
+        if len(calls) == fails:
+            raise error(5, "Input/output error") if error is OSError else error(143)
+    monkeypatch.setattr(files.sys, "platform", "darwin")
+    with written_aside(tmp_path / "x") as aside:
+        aside.mkdir()
+        (aside / "old").write_text("old")
+    monkeypatch.setattr(files.os, "rename", fail)
+    with pytest.raises(error), written_aside(tmp_path / "x") as aside:
+        aside.mkdir()
+        (aside / "new").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["new" if (fails, error) == (2, SystemExit) else "old"]
+
+
+def test_a_scrap_whose_removal_is_interrupted_is_removed_by_the_next_program(tmp_path, monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(files, "remove", interrupted)
+        with written_aside(tmp_path / "x") as aside:
+            aside.write_text("half")
+            raise KeyboardInterrupt
+    assert len(list(tmp_path.iterdir())) == 2
+    write_json(tmp_path / "y", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["y"]
+
+
+def test_a_name_that_is_not_utf_8_is_written_as_jsons_escape(tmp_path):
+    row = {"data": [os.fsdecode(b"r\xe9sum\xe9.jsonl")]}
+    write_json(tmp_path / "x.json", row)
+    with appended(tmp_path / "x.jsonl") as append:
+        append(row)
+    assert read_json(tmp_path / "x.json") == row and list(read_jsonl(tmp_path / "x.jsonl")) == [(1, row)]
+
+
 HALF = ("import sys, time; sys.path.insert(0, sys.argv[1]); from files import written_aside\n"
         "with written_aside(sys.argv[2]) as aside:\n"
         "    aside.mkdir(); (aside / 'half').write_text('half'); print('ready', flush=True); time.sleep(60)")
 
 
 def test_scraps_of_the_killed_are_cleared_whatever_their_name_and_those_of_the_living_stay(tmp_path, monkeypatch):
-    """Numbers of processes decide nothing: in another container the living writer's would not be found."""
+    """Process ids play no part, because in another container the living writer's would not be found."""
     write_json(tmp_path / "step-2", {"a": 1})
     killed, living = (subprocess.Popen([sys.executable, "-c", HALF, ROOT, tmp_path / name], stdout=subprocess.PIPE)
                       for name in ("step-1", "step-3"))
@@ -215,7 +259,7 @@ def test_scraps_of_the_killed_are_cleared_whatever_their_name_and_those_of_the_l
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
 def test_a_lock_that_is_taken_for_a_scrap_is_waited_for_and_made_anew(tmp_path, monkeypatch):
-    """Another process, which clears away, locks and removes the file between its making and its locking here."""
+    """Another process that clears scraps locks and removes the file after it is made and before it is locked here."""
     import fcntl
     ways = []
 
@@ -278,7 +322,7 @@ def test_without_locks_scraps_stay_and_writing_goes_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_all_of_it_is_flushed_before_the_rename_and_the_rename_after(tmp_path, monkeypatch, kind, replaced):
-    """A power cut loses neither the old nor the new one. Folders are flushed for the names in them."""
+    """A power cut then leaves the old or the new one. Folders are flushed because they hold the names."""
     calls, fsync, replace, exchange = [], os.fsync, os.replace, files.exchange
     target = tmp_path / "x"
 
@@ -323,7 +367,7 @@ BEGINS_WITH = b'{"question": "'
 
 
 def answer_all(path):
-    """Answers the rows that are left; returns how many there were before."""
+    """Appends the answers that are missing; returns how many were there before."""
     done = list(finished_rows(path, BEGINS_WITH))
     assert done == [(i + 1, row) for i, row in enumerate(ANSWERS[:len(done)])]
     with appended(path) as append:
@@ -355,7 +399,7 @@ def test_a_row_is_on_disk_when_append_returns(tmp_path, monkeypatch):
 
 
 def test_killed_in_the_middle_of_a_row_it_goes_on(tmp_path):
-    """The kernel lets the process write 100 bytes, half of the second row of 60 and more, and then ends it."""
+    """The kernel kills the process after 100 bytes, which is in the middle of the second row."""
     path, code = tmp_path / "answers.jsonl", (
         "import resource, signal, sys; sys.path.insert(0, sys.argv[1]); from files import appended\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
@@ -390,14 +434,19 @@ def test_a_foreign_file_is_refused_and_left_as_it_is(tmp_path, content, message)
     ("open('/nowhere/x')", 2, "error: /nowhere/x: No such file or directory"),
     ("raise KeyboardInterrupt", 130, "interrupted"),
     ("raise MemoryError", 1, "error: out of memory"),
+    ("import torch; torch.empty(1 << 52)", 1, "error: out of memory"),
     ("with written_aside('/tmp/x'): raise OSError(28, 'No space left on device')", 1,
      "error: /tmp/x: No space left on device"),
+    ("with appended('y'): raise OSError(27, 'File too large')", 1, "error: y: File too large"),
+    ("hold('/')", 2, "error: /: found no name to write to; expected the path of a new file or folder"),
+    ("raise OSError(12, 'Cannot allocate memory')", 1, "error: Cannot allocate memory"),
+    ("raise OSError(24, 'Too many open files', 'x')", 1, "error: x: Too many open files"),
     ("raise OSError(122, 'Disk quota exceeded')", 1, "error: Disk quota exceeded"), ("time.sleep(60)", 143, "")])
 def test_exit_statuses(body, status, words, tmp_path):
-    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from files import InputError, run_main, written_aside\n"
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from files import *\n"
             f"def main():\n    print('on', flush=True)\n    {body}\nrun_main(main)")
     process = subprocess.Popen([sys.executable, "-c", code, ROOT], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
+                               text=True, cwd=tmp_path)
     process.stdout.readline()
     if status == 143:
         time.sleep(0.1)
@@ -444,7 +493,7 @@ def test_what_another_process_writes_is_held_until_that_ends_however_it_ends(tmp
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
 def test_a_lock_file_that_its_holder_has_just_removed_is_not_taken_for_a_lock(tmp_path, monkeypatch):
-    """Between open and flock the other process ends and removes the file; this one must take a new file."""
+    """The holder ends and removes the file between our open and our flock: the lock must be on a new file."""
     import fcntl
     lock, taken = tmp_path / ".out.lock", []
 
@@ -457,6 +506,13 @@ def test_a_lock_file_that_its_holder_has_just_removed_is_not_taken_for_a_lock(tm
     files.hold(tmp_path / "out")
     assert len(taken) == 2 and lock.stat().st_ino == taken[1]
     files.release(tmp_path / "out", lock, os.getpid())
+
+
+def test_a_link_that_leads_to_itself_is_held_by_its_own_name(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    files.hold(tmp_path / "loop")
+    assert (tmp_path / ".loop.lock").is_file()
+    files.release(tmp_path / "loop", tmp_path / ".loop.lock", os.getpid())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")

@@ -27,7 +27,7 @@ from conftest import (
     tiny_examples,
     tiny_pair,
 )
-from ranks import batches_for
+from ranks import ALONE, batches_for, metrics_in
 from torch.distributed.device_mesh import init_device_mesh
 
 import dpo
@@ -344,10 +344,10 @@ def trained(folder, world, dtype=torch.float32, out=None, resume=None):
         train.load_checkpoint(training, resume, json.loads((resume / "state.json").read_text()))
 
     def noting(*args):
-        row, rows = take_step(*args)
+        row, *more = take_step(*args)
         losses.append(row["loss"])
         assert world.device.type == "cpu" or "mfu" in row
-        return row, rows
+        return row, *more
     take_step = train.take_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "take_step", noting)
@@ -357,7 +357,7 @@ def trained(folder, world, dtype=torch.float32, out=None, resume=None):
 
 def test_a_run_sharded_over_nccl_is_that_of_one_process_and_of_the_cpu(tiny_folder, nccl):
     gpu = World(0, 1, torch.device("cuda:0"))
-    runs = [trained(tiny_folder, world) for world in (World(0, 1, torch.device("cpu")), gpu, nccl)]
+    runs = [trained(tiny_folder, world) for world in (ALONE, gpu, nccl)]
     for losses, training in runs[1:]:
         assert losses == pytest.approx(runs[0][0], rel=1e-5)
         for name, master in training.masters.items():
@@ -381,7 +381,7 @@ def test_the_programs_run_on_the_gpu(base, tmp_path, capsys):
               "--out", str(tmp_path / "sft"), *small])
     dpo.main(["--model", str(tmp_path / "sft/model"), "--data", str(demo / "pairs.jsonl"),
               "--out", str(tmp_path / "dpo"), *small])
-    rows = [json.loads(line) for line in (tmp_path / "dpo/metrics.jsonl").read_text().splitlines()]
+    rows = metrics_in(tmp_path / "dpo")
     assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-2)  # policy and reference agree
     assert 0 < rows[-1]["peak_memory_gb"] < 4
     tiny_encoder(tmp_path / "encoder")

@@ -1,4 +1,5 @@
 """parallel.py: what ranks tell each other, and that a model cut over them is the whole model."""
+import errno
 import os
 import resource
 import tempfile
@@ -7,16 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import RUN_CONFIG
-from ranks import begin, run_ranks, whole_tensors
+from ranks import ALONE, begin, run_ranks, whole_tensors
 from torch import nn
 
 import parallel
 import train
 from files import InputError, one_line
 from model import Llama, LlamaConfig
-from parallel import World
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 # ----- processes -----------------------------------------------------------------------------------------------------
 
@@ -62,14 +60,14 @@ def told(total):
     def refused():
         called.append(world.rank)
         raise InputError(f"found by rank {world.rank}")
-    try:
+    with pytest.raises(InputError) as first:
         parallel.computed_on_rank_0(world, refused)
-    except InputError as error:
-        message = str(error)
+    with pytest.raises(OSError) as last:
+        parallel.from_all(world, OSError(f"met by rank {world.rank}") if world.rank == world.size - 1 else None)
     found = {"sum": parallel.all_sum(world, [world.rank, 0.5, world.rank == 0]),
              "first": parallel.from_rank_0(world, f"said by {world.rank}"),
-             "computed": parallel.computed_on_rank_0(world, lambda: world.rank + 10), "refused": message,
-             "called": called, "all": parallel.from_all(world, {"rank": world.rank}),
+             "computed": parallel.computed_on_rank_0(world, lambda: world.rank + 10), "refused": str(first.value),
+             "called": called, "failed": str(last.value), "all": parallel.from_all(world, {"rank": world.rank}),
              "interleaved": None if interleaved is None else torch.equal(interleaved, rows)}
     parallel.stop(world)
     return found
@@ -81,20 +79,20 @@ def test_collectives_by_hand(size):
     for rank, found in enumerate(run_ranks(size, told, 7)):
         assert found == {
             "sum": [3.0, 1.5, 1.0] if size == 3 else [0.0, 0.5, 1.0], "first": "said by 0", "computed": 10,
-            "refused": "found by rank 0", "called": [0] if rank == 0 else [],
+            "refused": "found by rank 0", "called": [0] if rank == 0 else [], "failed": f"met by rank {size - 1}",
             "all": [{"rank": one} for one in range(size)], "interleaved": True if rank == 0 else None}
 
 # ----- rows that ranks share -----------------------------------------------------------------------------------------
 
 
 def rows_of(rank, size, n):
-    """Rows of lengths that tell them apart; the last of several ranks has none."""
+    """A rank's rows of `n`, whose lengths tell them apart; the last of several ranks has none."""
     return [(i, np.arange(i, 2 * i, dtype=np.int32), np.full(i % 3, i, np.int32)) for i in range(rank, n, size)
             if size == 1 or rank < size - 1]
 
 
 def shared(n, full_disk):
-    """(equality with all ranks' rows, files mapped, bytes of them, what is left in the folder), or the error."""
+    """(whether all ranks' rows came, whether rank 0's change is seen, inodes mapped, files left), or the error."""
     world = parallel.start("cpu")
     parallel.ROWS_AT_A_TIME = 4
     if full_disk and world.rank == 0:
@@ -110,19 +108,20 @@ def shared(n, full_disk):
         one[0] == other[0] and all(map(np.array_equal, one[1:], other[1:])) and one[1].dtype == np.int32
         for one, other in zip(found, expected))
     maps = [line.split() for line in open("/proc/self/maps") if "finemedlm-rows" in line]  # noqa: SIM115
-    found[1][1][0] = 77  # a page of this rank's own from now on
+    if world.rank == 0:
+        found[1][1][0] = 77
     parallel.barrier(world)
-    unmoved = found[0][1].tolist(), found[2][1].tolist()
+    changed = bool(found[1][1][0] == 77)
     inodes = {fields[4] for fields in maps}
     parallel.stop(world)
-    return equal, unmoved, inodes, os.listdir(tempfile.gettempdir())
+    return equal, changed, inodes, os.listdir(tempfile.gettempdir())
 
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_rows_are_mapped_from_one_file_that_has_no_name(size, tmp_path):
     outcomes = run_ranks(size, in_folder, tmp_path, shared, 21, False)
-    for equal, unmoved, _, left in outcomes:
-        assert equal and left == [] and unmoved in (([], [2, 3]), ([], [6, 7, 8, 9, 10, 11]))
+    for rank, (equal, changed, _, left) in enumerate(outcomes):
+        assert equal and left == [] and changed == (rank == 0)
     inodes = [inodes for _, _, inodes, _ in outcomes]
     assert inodes == ([set()] if size == 1 else [inodes[0]] * 3) and len(inodes[0]) == size // 3
 
@@ -135,11 +134,33 @@ def in_folder(folder, function, *args):
 def test_a_full_temporary_folder_is_an_error_on_every_rank(tmp_path):
     assert run_ranks(2, in_folder, tmp_path, shared, 21, True) == [f"{tmp_path}: File too large"] * 2
 
+
+def shared_where_one_rank_lacks(what, rank):
+    """The error of `shared_rows` where this node's file cannot be made, or not opened, by a rank."""
+    world = parallel.start("cpu")
+    if world.rank == rank:
+        def refuse(*args, **more):
+            raise OSError(errno.EMFILE, "Too many open files", "rows")
+        setattr(parallel if what == "open" else tempfile, what, refuse)
+    if what == "mkstemp":
+        os.environ["LOCAL_RANK"] = "0"  # each on a node of its own
+    try:
+        parallel.shared_rows(world, rows_of(world.rank, world.size, 5))
+    except OSError as error:
+        return one_line(error)
+
+
+@pytest.mark.parametrize("what", ["open", "mkstemp"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_without_the_file_is_an_error_on_every_rank_and_leaves_none(tmp_path, what, rank):
+    said = run_ranks(2, in_folder, tmp_path, shared_where_one_rank_lacks, what, rank)
+    assert said == ["rows: Too many open files"] * 2 and list(tmp_path.iterdir()) == []
+
 # ----- sharded tensors -----------------------------------------------------------------------------------------------
 
 
 class Rows(nn.Module):
-    """Parameters that three ranks cannot share evenly, one of them of fewer rows than there are ranks."""
+    """Parameters that do not divide by three ranks; one has fewer rows than there are ranks."""
 
     def __init__(self):
         super().__init__()
@@ -149,7 +170,7 @@ class Rows(nn.Module):
 
 
 def cut_and_whole():
-    """[(first row, this rank's rows, whether all together are the parameter)] of each."""
+    """[(first row, this rank's rows, whether all ranks' rows together are the parameter)] for each parameter."""
     world, model = parallel.start("cpu"), Rows()
     whole = [parameter.detach().clone() for parameter in model.parameters()]
     parallel.shard(model, world)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIG, ROOT, TEXTS, say, tiny_llama2, tiny_sentencepiece, tiny_vocabulary
+from ranks import ALONE
 from safetensors.torch import load_file
 
 import model as M
@@ -60,7 +61,7 @@ def test_an_export_has_the_masters_and_ends_its_turns(base, tmp_path, monkeypatc
     (source / "generation_config.json").unlink(missing_ok=True)
     (source / "generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.5}')
     monkeypatch.setattr(run, "is_llama3", lambda config: llama)
-    training = train.load_training(source, World(0, 1, torch.device("cpu")))
+    training = train.load_training(source, ALONE)
     for master in training.masters.values():
         master.mul_(1.001)
     run.export_model(training, tmp_path / "model", source=source, dtype=torch.float32, card="a card")
@@ -80,7 +81,7 @@ def test_an_export_has_the_masters_and_ends_its_turns(base, tmp_path, monkeypatc
 
 def test_a_head_of_its_own_outlives_training(declared_tied, tmp_path):
     """transformers gives the same logits from the folder that is declared tied and from its export."""
-    training = train.load_training(declared_tied, World(0, 1, torch.device("cpu")))
+    training = train.load_training(declared_tied, ALONE)
     run.export_model(training, tmp_path / "model", source=declared_tied, dtype=torch.float32, card="")
     one, other = (transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.arange(9)[None])
                   for folder in (declared_tied, tmp_path / "model"))
@@ -190,7 +191,7 @@ def served(request, tmp_path_factory):
 
 
 def export(source, out):
-    training = train.load_training(source, World(0, 1, torch.device("cpu")), dtype=torch.float32)
+    training = train.load_training(source, ALONE, dtype=torch.float32)
     run.export_model(training, out, source=source, dtype=torch.float32, card="a card")
 
 
@@ -365,7 +366,7 @@ def test_the_table_of_what_a_gpu_needs():
 
 @pytest.mark.parametrize("dtype, bytes_each", [(torch.bfloat16, 18), (torch.float32, 16)])
 def test_the_state_that_is_expected_is_that_of_the_tensors(tiny_folder, dtype, bytes_each):
-    training = train.load_training(tiny_folder, World(0, 1, torch.device("cpu")), dtype=dtype)
+    training = train.load_training(tiny_folder, ALONE, dtype=dtype)
     state, *_ = run.expected_memory(training.model.config, training.world, dtype=dtype, tokens=1,
                                     activation_checkpointing=False).values()
     moments = [training.optimizer.state[master][kind] for master in training.masters.values()
@@ -383,7 +384,7 @@ def test_the_activations_that_are_expected_are_those_that_autograd_keeps(monkeyp
     """
     monkeypatch.setattr(M, "has_fast_bf16", lambda device: True)
     config = replace(CONFIG, num_hidden_layers=3, hidden_size=128, intermediate_size=320)
-    model, world = M.Llama(config).init_weights().bfloat16(), World(0, 1, torch.device("cpu"))
+    model = M.Llama(config).init_weights().bfloat16()
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     found, expected = [], []
     for recompute in (False, True):
@@ -400,7 +401,7 @@ def test_the_activations_that_are_expected_are_those_that_autograd_keeps(monkeyp
                 h = layer(h, rotary, M.causal_attention, None)
         angles = {x.untyped_storage().data_ptr() for x in rotary}
         found.append(sum(size for place, size in kept.items() if place not in weights | angles))
-        expected.append(run.expected_memory(config, world, dtype=torch.bfloat16, tokens=512,
+        expected.append(run.expected_memory(config, ALONE, dtype=torch.bfloat16, tokens=512,
                                             activation_checkpointing=recompute))
     whole, again = ([*parts.values()][1] for parts in expected)
     assert found[0] == whole + 3 * 512 * (2 * 4 * (320 - 256) + 2 * 4)

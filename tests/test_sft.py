@@ -1,7 +1,9 @@
 """sft.py: the loss by hand and beside transformers, and the command as a user meets it."""
+import errno
 import gzip
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -14,10 +16,12 @@ import ranks
 import torch
 import transformers
 from conftest import CONFIG, ROOT, assert_close, gradients, held_elsewhere, random_examples, tiny_llama
-from ranks import run_ranks
+from ranks import metrics_in, run_ranks
 from safetensors.torch import load_file, save_file
 
+import files
 import model as M
+import run
 import sft
 import train
 from chat import render_chat
@@ -143,7 +147,7 @@ def trained(base, rows_file, tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_should_and_learns(trained, rows_file):
-    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_in(trained)
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 11)) and steps[-1]["rows"] == 68
     assert {"loss", "lr", "grad_norm", "tokens", "tokens_per_s", "peak_memory_gb", "rows"} <= set(steps[0])
@@ -169,7 +173,7 @@ def test_the_flags_reach_the_optimizer_and_the_schedule(base, rows_file, tmp_pat
                        "--val-rows", 0))
     rates = pytest.approx([0.01, 0.02, 0.02, 0.015, 0.005])
     assert [lr for lr, *_ in seen] == rates and {tuple(rest) for _, *rest in seen} == {(0.25, 0.3, 0.0)}
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_in(tmp_path)
     assert [row["lr"] for row in rows] == rates
 
 
@@ -220,9 +224,7 @@ def test_two_ranks_export_the_same_rows_and_a_whole_model(base, rows_file, tmp_p
     argv = arguments(base, rows_file, tmp_path / "two", "--dtype", "fp32", "--export-dtype", "fp32")
     run_ranks(2, run_main, argv)
     run_ranks(1, run_main, [*argv, "--out", str(tmp_path / "one")])
-    losses = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-              for name in ("one", "two")]
-    for one, two in zip(*losses):
+    for one, two in zip(metrics_in(tmp_path / "one"), metrics_in(tmp_path / "two")):
         for key in {"loss", "val_loss"} & set(one):
             assert one[key] == pytest.approx(two[key], rel=1e-5)
     one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
@@ -263,7 +265,7 @@ def test_wrong_input_ends_in_one_line_and_status_2(base, rows_file, tmp_path, ch
     bad.write_text('{"prompt": "?", "response": "!"}\n{"prompt": "?"}\n')
     done = command(*arguments(base, rows_file, tmp_path / "out", *[str(bad) if x == "BAD" else x for x in change]))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert not (tmp_path / "out").exists()
+    assert not [path for path in (tmp_path / "out").glob("*") if path.name != ".config.json.lock"]  # until the end
 
 
 @pytest.mark.parametrize("more", [("--dry-run",), ()])
@@ -289,13 +291,55 @@ def test_bad_rows_can_be_skipped_and_gz_is_read(base, tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(base, rows_file, tmp_path):
-    """Nor with --resume; a plan may be looked at."""
-    with held_elsewhere(tmp_path / "out") as other:
+    """Nor with --resume; a plan may be looked at. The lock lies in the folder: the one above may be another's."""
+    with held_elsewhere(tmp_path / "out/config.json") as other:
         for more in ((), ("--resume",)):
             done = command(*arguments(base, rows_file, tmp_path / "out", *more))
-            assert done.returncode == 2 and f"out: process {other.pid} on " in done.stderr, done.stderr
+            assert done.returncode == 2 and f"out/config.json: process {other.pid} on " in done.stderr, done.stderr
         assert command(*arguments(base, rows_file, tmp_path / "out", "--dry-run")).returncode == 0
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".config.json.lock"]
+
+
+def refused(argv, full_disk=None):
+    """The OSError in one line that ends sft.main; files named `full_disk` cannot be written by rank 0."""
+    plain = files.flush
+
+    def flush(path, **more):
+        if full_disk and f".{full_disk}.partial" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(path, **more)
+    files.flush = flush
+    try:
+        sft.main([str(arg) for arg in argv])
+    except OSError as error:
+        return files.one_line(error)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused_on_every_rank(base, rows_file, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    assert run_ranks(2, refused, arguments(base, rows_file, tmp_path / "out")) == [f"{tmp_path}/out: File exists"] * 2
+
+
+def refused_by_rank_0(argv):
+    """The InputError of sft.main on this rank, where rank 1 sees another disk, on which the folder is new."""
+    if os.environ["RANK"] == "1":
+        run.checkpoints_of = lambda folder: []
+    try:
+        sft.main([str(arg) for arg in argv])
+    except InputError as error:
+        return files.one_line(error)
+
+
+def test_rank_0_alone_looks_for_an_earlier_run(base, rows_file, tmp_path):
+    (tmp_path / "out/checkpoints/step-000001").mkdir(parents=True)
+    said = run_ranks(2, refused_by_rank_0, arguments(base, rows_file, tmp_path / "out"))
+    assert said[0] == said[1] and "holds the checkpoints of an earlier run" in said[0]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model"])
+def test_a_disk_that_is_full_on_rank_0_ends_every_rank(base, rows_file, tmp_path, name):
+    expected = [f"{tmp_path}/out/{name}: No space left on device"] * 2
+    assert run_ranks(2, refused, arguments(base, rows_file, tmp_path / "out", "--max-steps", 1), name) == expected
 
 
 def test_a_finished_model_without_checkpoints_is_not_overwritten(base, rows_file, trained, tmp_path):

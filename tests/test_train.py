@@ -1,8 +1,8 @@
 """train.py: the same gradients however the work is divided, and runs that survive being killed."""
 import hashlib
-import json
 import math
 import os
+import resource
 import signal
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -12,22 +12,36 @@ import numpy as np
 import pytest
 import torch
 from conftest import RUN_CONFIG
-from ranks import BATCH, ROWS, batches_for, begin, equal, examples, losses_in, run_ranks, state_of, whole_tensors
+from ranks import (
+    ALONE,
+    BATCH,
+    ROWS,
+    batches_for,
+    begin,
+    equal,
+    examples,
+    losses_in,
+    metrics_in,
+    run_ranks,
+    state_of,
+    whole_tensors,
+)
 from safetensors.torch import load_file
 
 import parallel
 import train
 from checkpoints import checkpoint_to_resume, checkpoints_of, fault_of, look
 from data import collate
+from files import one_line
 from model import Llama, save_model
-from parallel import World, stop
+from parallel import stop
 from sft import loss_fn
 
 # ----- gradients -----------------------------------------------------------------------------------------------------
 
 
-def gradients(folder, budget, steps=2, **options):
-    """The clipped gradients that AdamW sees in each of the first steps, whole, and the row numbers."""
+def gradients(folder, budget, options):
+    """The clipped gradients that AdamW sees in each of the first two steps, whole, and the row numbers."""
     world, training = begin(folder, **options)
     seen, found, update = [], [], training.optimizer.step
 
@@ -35,14 +49,14 @@ def gradients(folder, budget, steps=2, **options):
         found.append(whole_tensors(training, training.grads))
         update()
     training.optimizer.step = step
-    train.fit(training, batches_for(world, budget, seen), loss_fn, steps=steps, lr=1e-3)
+    train.fit(training, batches_for(world, budget, seen), loss_fn, steps=2, lr=1e-3)
     stop(world)
     return found, seen
 
 
 @pytest.fixture(scope="session")
 def plain_gradients(tiny_folder):
-    return run_ranks(1, gradients, tiny_folder, 10_000)[0]
+    return run_ranks(1, gradients, tiny_folder, 10_000, {})[0]
 
 
 @pytest.mark.parametrize("world, budget, options", [
@@ -50,21 +64,17 @@ def plain_gradients(tiny_folder):
     (3, 64, {"checkpoint_above": 30})], ids=str)
 def test_gradients_do_not_depend_on_how_the_rows_are_divided(tiny_folder, plain_gradients, world, budget, options):
     expected, rows = plain_gradients
-    for found, found_rows in run_ranks(world, _gradients, tiny_folder, budget, options):
+    for found, found_rows in run_ranks(world, gradients, tiny_folder, budget, options):
         assert found_rows == rows
         for one, other in zip(expected, found):
             for name in one:
                 assert np.abs(one[name] - other[name]).max() <= 1e-6 * max(1, np.abs(one[name]).max()), name
 
 
-def _gradients(folder, budget, options):
-    return gradients(folder, budget, **options)
-
-
 def test_gradient_is_that_of_the_mean_over_all_supervised_tokens(tiny_folder, plain_gradients):
     """Against one plain autograd pass over each row of the first step, clipped by torch."""
     model = Llama(RUN_CONFIG)
-    training = train.load_training(tiny_folder, World(0, 1, torch.device("cpu")), dtype=torch.float32)
+    training = train.load_training(tiny_folder, ALONE, dtype=torch.float32)
     model.load_state_dict(training.model.state_dict())
     rows, (first, *_) = examples(), plain_gradients[1]
     loss = sum(loss_fn(model, collate([rows[i]]))[0] for i in first) / sum((rows[i][2] != -100).sum() for i in first)
@@ -93,7 +103,7 @@ def test_learning_rate_by_hand():
 
 
 def test_only_matrices_decay(tiny_folder):
-    training = train.load_training(tiny_folder, World(0, 1, torch.device("cpu")), weight_decay=0.3)
+    training = train.load_training(tiny_folder, ALONE, weight_decay=0.3)
     decays = {id(m): group["weight_decay"] for group in training.optimizer.param_groups for m in group["params"]}
     assert {name: decays[id(master)] for name, master in training.masters.items()} == {
         name: 0.0 if "norm" in name else 0.3 for name in training.masters}
@@ -123,7 +133,7 @@ def plain_adamw(weights, targets, count, *, lr, warmup, clip, weight_decay):
 
 def test_a_run_is_plain_adamw_with_clip_warm_up_and_cosine(tiny_folder, tmp_path):
     """Ten steps, some of them clipped, in fp32: learning rates, gradient norms and weights of each."""
-    training = train.load_training(tiny_folder, World(0, 1, torch.device("cpu")), dtype=torch.float32, weight_decay=0.3)
+    training = train.load_training(tiny_folder, ALONE, dtype=torch.float32, weight_decay=0.3)
     generator, count, settings = torch.Generator().manual_seed(0), 7, {"lr": 1e-2, "warmup": 0.25, "clip": 0.9}
     start = {name: weight.detach().clone() for name, weight in training.model.named_parameters()}
     targets = [{name: weight + 0.03 * (1 + t % 4) * torch.randn(weight.shape, generator=generator)
@@ -139,7 +149,7 @@ def test_a_run_is_plain_adamw_with_clip_warm_up_and_cosine(tiny_folder, tmp_path
         yield from (([0], [{"target": target, "tokens": 1}]) for target in targets)
     train.fit(training, batches, squares, steps=10, out=tmp_path, **settings)
     expected = list(plain_adamw(start, targets, count, weight_decay=0.3, **settings))
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_in(tmp_path)
     assert [row["lr"] for row in rows] == pytest.approx([rate for rate, *_ in expected], rel=1e-12)
     norms = [norm for _, norm, _ in expected]
     assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-5) and min(norms) < 0.9 < max(norms)
@@ -182,8 +192,7 @@ def test_a_head_of_its_own_is_sharded_like_any_other_weight(declared_tied):
 
 
 def test_busy_cores_are_left_before_each_step_and_taken_again_at_the_end(tiny_folder, monkeypatch):
-    world, order = World(0, 1, torch.device("cpu")), []
-    training = train.load_training(tiny_folder, world)
+    training, order = train.load_training(tiny_folder, ALONE), []
 
     class Watched(train.Threads):
         def leave_busy_cores(self):
@@ -196,7 +205,7 @@ def test_busy_cores_are_left_before_each_step_and_taken_again_at_the_end(tiny_fo
         order.append("loss")
         return loss_fn(model, batch)
     monkeypatch.setattr(train, "Threads", Watched)
-    train.fit(training, batches_for(world, budget=10_000), loss, steps=2, lr=1e-3)
+    train.fit(training, batches_for(ALONE, budget=10_000), loss, steps=2, lr=1e-3)
     assert order == ["threads", "loss", "threads", "loss", "closed"]
 
 
@@ -206,7 +215,7 @@ def test_busy_cores_are_left_before_each_step_and_taken_again_at_the_end(tiny_fo
 def test_the_weights_of_a_step_are_its_masters_stochastically_rounded(tiny_folder):
     """Each weight is a neighbour of its master, the upper one as often as the master lies towards it, so a quarter are
     not the nearest; another step draws other noise."""
-    training = train.load_training(tiny_folder, World(0, 1, torch.device("cpu")))
+    training = train.load_training(tiny_folder, ALONE)
 
     def compared():
         weights = torch.cat([weight.detach().flatten() for weight in training.model.parameters()]).double()
@@ -308,6 +317,19 @@ def test_metrics_of_undone_steps_and_half_lines_are_dropped(tmp_path):
     train.open_metrics(tmp_path, 2).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
+
+def run_on_a_full_disk(folder, out):
+    world, training = begin(folder)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # a line and a part of the next
+    try:
+        train.fit(training, batches_for(world), loss_fn, steps=10, lr=1e-2, out=out)
+    except OSError as error:
+        return one_line(error)
+
+
+def test_a_disk_that_is_full_is_named_by_the_metrics(tiny_folder, tmp_path):
+    assert run_ranks(1, run_on_a_full_disk, tiny_folder, tmp_path) == [f"{tmp_path}/metrics.jsonl: File too large"]
+
 # ----- signals -------------------------------------------------------------------------------------------------------
 
 
@@ -391,7 +413,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny_folder, tmp_path, world,
         assert code == 0 and len(states) == 9
         same = [equal(one, other) for one, other in pairwise(states)]
         assert same == [False, True, False, True, True, False, False, False]
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_in(tmp_path)
     assert [row["finite"] for row in rows] == [not same for same in [0, 1, 0, 1, 1, 0, 0, 0]]
     assert len(rows[1]["skipped_rows"]) == BATCH and rows[1]["skipped_rows"][0].isdigit()
 

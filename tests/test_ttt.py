@@ -410,7 +410,8 @@ def test_chat_answers_in_turns(toy, run):
 
 
 def test_a_chat_that_has_filled_the_context_goes_on_without_its_oldest_turns(toy, run, tmp_path, monkeypatch):
-    """The context holds the prompt of the third question and an answer of 8 tokens, and not one token more."""
+    """The context holds the prompt of the third question and an answer of 8 tokens, and not one token more. A question
+    that does not fit at all drops nothing."""
     answer, asked = "yes " * 12, []
     turns = [{"role": role, "content": text} for question in ("One?", "Two?")
              for role, text in (("user", question), ("assistant", answer))]
@@ -419,8 +420,9 @@ def test_a_chat_that_has_filled_the_context_goes_on_without_its_oldest_turns(toy
     monkeypatch.setattr(ttt.Answerer, "answer", lambda self, question, history=(), *more: asked.append(
         [message["content"] for message in history]) or {"answer": answer, "question": question})
     out = run("--chat", "--model", model, "--no-ttt", "--max-new-tokens", 8, "--json",
-              stdin="One?\nTwo?\nThree?\nFour?\n")
+              stdin=f"One?\nTwo?\n{'why ' * tokens}\nThree?\nFour?\n")
     assert out.returncode == 0, out.stderr
+    assert out.stderr.count("error: the prompt has") == 1
     assert asked == [[], ["One?", answer], ["One?", answer, "Two?", answer], ["Two?", answer, "Three?", answer]]
     assert out.stderr.count(f"context of {tokens} tokens is full: the oldest 1 question(s)") == 1
 
@@ -572,6 +574,7 @@ def test_wrong_input_is_one_line_and_status_2(toy, run, tmp_path):
         (["--questions", tmp_path / "bad.jsonl", "--out", tmp_path / "o"], "bad.jsonl:2: found no question"),
         (["--questions", tmp_path / "broken.jsonl", "--out", tmp_path / "o"], "broken.jsonl:2: not valid JSON"),
         (["--questions", tmp_path / "none.jsonl", "--out", tmp_path / "o"], "none.jsonl"),
+        (["--questions", tmp_path / "one.jsonl", "--out", "o.jsonl.gz"], "--out o.jsonl.gz: found a name of a packed"),
         (["--questions", tmp_path / "bad.jsonl"], "--out"), ([], "required")]
     if torch.cuda.is_available():
         cases = [case for case in cases if case[1] != "--device cuda"]
