@@ -352,7 +352,8 @@ OUTPUTS = [
     ("The answer is **A** or **B**.", None), ("The answer is neither A nor B.", None),
     ("The answer is both (A) and B", None),
     ("The answer is (A). Or the answer is B or C.", None), ("The answer is (A or B).", None),
-    ("The answer is (A). The answer is either (B) or (C).", None), ("Answer: A. The answer is neither B nor C.", None),
+    ("The answer is (A). The answer is either (B) or (C).", None),
+    ("Answer: A. The answer is neither (b) nor (c).", None),
     ("The answer is (A) and B are wrong.", None), ("The answer is (a) or (b)", None), ("The answer is (A), (B)", None),
     # denied, asked, supposed
     ("The answer is not (B).", None), ("The answer isn't (B).", None), ("I do not think the answer is (B).", None),
