@@ -41,7 +41,7 @@ SAME, SAME_COSINE = 0.95, 0.99  # at least; the cosine is for all-MiniLM-L6-v2
 MASKED = {"strict": ("page", "13-gram", "question"), "same-page": ("13-gram", "question"), "off": ()}
 # not "no", "except" or "causes", which change the question
 FUNCTION_WORDS = frozenset(("a", "an", "the", "of", "in", "for", "to", "is", "are", "was", "were", "what", "which"))
-LETTER_A = re.compile(r"(?<=\w )A\b")  # hepatitis A, not an article
+LETTER_A = re.compile(r"(?<=\w )A\b(?![.):])")  # hepatitis A: neither an article nor the first of the options
 IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # Chinese and Japanese have no spaces: a character is a word
 WORD = re.compile(f"[{IDEOGRAPHS}]|[^\\W_{IDEOGRAPHS}]+")
 POWERS = np.array([pow(0x9E3779B97F4A7C15, i, 1 << 64) for i in range(RUN)], np.uint64)  # of an odd number

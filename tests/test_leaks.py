@@ -92,6 +92,7 @@ NINETEEN = " ".join(f"word{i}" for i in range(19))
     ("Is Lesch-Nyhan syndrome inherited ?", "Is Lesch Nyhan syndrome inherited?"),
     ("Which tumour causes anaemia and oedema?", "Which tumor causes anemia and edema?"),
     ("What are the symptoms of a kidney stone?", "What are the symptoms of kidney stones ?"),
+    ("Which eye hurts?", "Which eyes hurt?"),
     (NINETEEN, f"{NINETEEN} more"),
     ("Is hepatitis A a liver disease?", "Is hepatitis A a liver disease"),
 ])
@@ -114,10 +115,24 @@ def test_the_same_question(a, b):
     (NINETEEN, NINETEEN.replace("word7", "other")),
     (" ".join(NINETEEN.split()[:18]), " ".join(NINETEEN.split()[:18]) + " more"),
     (NINETEEN, " ".join(reversed(NINETEEN.split()))),
+    (NINETEEN, " ".join(["more", *reversed(NINETEEN.split())])),
     ("", ""), ("What is the?", "What is the?"),
 ])
 def test_another_question(a, b):
     assert same_question(a, b) < leaks.SAME
+
+
+@pytest.mark.parametrize("word", [
+    "a", "an", "the", "of", "in", "for", "to", "is", "are", "was", "were", "what", "which"])
+def test_function_words_do_not_count_and_others_do(word):
+    assert same_question("gout pain", f"Gout {word} pain") == 1
+    assert same_question("gout pain", f"gout {word}x pain") == 2 / 3
+
+
+def test_the_order_of_the_two_questions_does_not_matter():
+    a, b = "tango india delta echo", "delta india echo tango"
+    ratios = {difflib.SequenceMatcher(None, *pair).ratio() for pair in ((a.split(), b.split()), (b.split(), a.split()))}
+    assert len(ratios) == 2 and same_question(a, b) == same_question(b, a)
 
 
 def test_a_similarity_by_hand():
@@ -204,7 +219,10 @@ def test_a_question_with_its_options_is_the_same_question():
                  "Which drug lowers uric acid?\nA. Allopurinol\nB. Aspirin\nC. Atenolol"):
         assert reason_to_mask(asked, row(text)), text
         assert reason_to_mask(question(asked.text, options=[*asked.options.values()]), row(text))
-    assert reason_to_mask(asked, row("Which drug lowers uric acid?\nA. Codeine\nB. Morphine\nC. Heroin")) is None
+    asked.text = "Uric acid is lowered by"  # no mark between it and an A that is no letter of its own
+    for between in (" ", "\n"):
+        assert reason_to_mask(asked, row(f"{asked.text}{between}A. Allopurinol{between}B. Aspirin{between}C. Atenolol"))
+    assert reason_to_mask(asked, row("Uric acid is lowered by\nA. Codeine\nB. Morphine\nC. Heroin")) is None
 
 
 def test_13_words_of_the_question_are_the_question():
@@ -268,12 +286,20 @@ def test_the_tables_find_as_much_as_brute_force(seed):
     assert min(found[rule] for rule in leaks.MASKED["strict"]) > 10  # there was something to find
 
 
-def test_long_questions_are_found_by_any_of_their_rarest_words():
+def test_a_long_question_is_found_whichever_word_is_missing():
     text = [f"w{i:02}" for i in range(40)]
     scanner = Scanner([question(" ".join(text))])
-    for i in range(40):  # 39 of 40 words: an overlap of 0.975, and no 13 words in a row between the added ones
-        some = text[:i] + text[i + 1:]
-        assert [hit[1] for hit in scanner.hits(row(" ".join(some)))] == ["question"]
+    for i in range(40):  # an overlap of 39 / 40, and function words between, so that no 13-gram finds it
+        hit, = scanner.hits(row(" the ".join(text[:i] + text[i + 1:])))
+        assert hit[:2] == (0, "question") and hit[2].startswith("similarity 0.975")
+
+
+def test_a_question_is_found_with_its_options():
+    names = ["Allopurinol", "Aspirin", "Atenolol", "Abacavir"]
+    scanner = Scanner([question("Which drug?", options=dict(zip("ABCD", names, strict=True)))])
+    for text in ("Which drug?", f"Which drug? {', '.join(names)}",
+                 "Which drug?\nA. Allopurinol\nB. Aspirin\nC. Atenolol\nD. Abacavir"):
+        assert [hit[1] for hit in scanner.hits(row(text))] == ["question"]
 
 
 def test_equal_hashes_alone_are_no_hit(monkeypatch):
@@ -284,7 +310,7 @@ def test_equal_hashes_alone_are_no_hit(monkeypatch):
 
 
 def test_nothing_to_compare_with_finds_nothing():
-    assert Scanner([]).hits(row()) == [] and Scanner([question(None, None)]).hits(row("", "x y", input="z")) == []
+    assert Scanner([]).hits(row()) == [] and Scanner([question(None, None)]).hits(row("x", "…")) == []
 
 # ----- files ---------------------------------------------------------------------------------------------------------
 
@@ -334,7 +360,7 @@ def test_a_folder_that_is_no_index_is_refused(tmp_path):
 
 HITS = [{"benchmark": "a.jsonl:1", "train": "t:1", "rule": "13-gram", "evidence": "boiler plate"},
         {"benchmark": "a.jsonl:1", "train": "t:2", "rule": "13-gram", "evidence": "boiler plate"},
-        {"benchmark": "a.jsonl:1", "train": "t:2", "rule": "page", "evidence": "p"},
+        {"benchmark": "a.jsonl:1", "train": "t:3", "rule": "page", "evidence": "p"},
         {"benchmark": "a.jsonl:3", "train": "t:2", "rule": "13-gram", "evidence": "other"},
         {"benchmark": "b.json: row 1", "train": "t:9", "rule": "question", "evidence": "cosine 1.000"}]
 ASKED = [question(where=where) for where in ("a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "b.json: row 1")]
