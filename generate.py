@@ -3,14 +3,17 @@
     logits = model(prompt), keys and values kept in a cache
     repeat:   token = sample(logits);   logits = one-token forward of the token, on the cache
 
-    from generate import generate
+    from generate import generate, generate_batch
     for token in generate(model, ids, max_new_tokens=256, stop_ids=stops): …
+    texts = generate_batch(model, [ids, …], max_new_tokens=256, stop_ids=stops)
 
 A token's time goes into reading the weights once. The one-token forward is written out for a CPU (`decoder`), so that
 little else is left, and recorded as a CUDA graph for a GPU (`recorded_decoder`); tests compare both with the plain
-forward of model.py. Shapes: V vocabulary, D width, H query heads, K key-value heads, C channels, S places of the cache.
+forward of model.py. A batch reads the weights once for a token of every text.
+Shapes: B texts, V vocabulary, D width, H query heads, K key-value heads, C channels, S places of the cache.
 """
 import contextlib
+import copy
 import functools
 import math
 import threading
@@ -32,13 +35,9 @@ def generate(model, ids, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, to
     Stops at `max_new_tokens` or when the model's context is full. The same seed gives the same tokens; `seed` None
     draws a fresh one. InputError when the prompt is empty or does not fit the context.
     """
-    limit = model.config.max_position_embeddings
-    if not 0 < len(ids) <= limit:
-        raise InputError(f"the prompt has {len(ids):,} tokens; expected 1 to {limit:,}, the model's context")
     device = model.norm.weight.device
-    generator = torch.Generator(device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
-    max_new_tokens = min(max_new_tokens, limit - len(ids) + 1)
+    generator = seeded(seed, device)
+    max_new_tokens = min(max_new_tokens, room(model, ids))
     cache = KVCache(model, len(ids) + max_new_tokens)
     step = token = None
     for _ in range(max_new_tokens):
@@ -52,6 +51,21 @@ def generate(model, ids, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, to
         yield token
         if token in stop_ids:
             return
+
+
+def room(model, ids, name="the prompt"):
+    """The number of tokens that the model's context allows after `ids`; InputError when these do not fit."""
+    limit = model.config.max_position_embeddings
+    if not 0 < len(ids) <= limit:
+        raise InputError(f"{name} has {len(ids):,} tokens; expected 1 to {limit:,}, the model's context")
+    return limit - len(ids) + 1  # the last one is not read again
+
+
+def seeded(seed, device):
+    """A generator of random numbers; `seed` None is a fresh one."""
+    generator = torch.Generator(device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    return generator
 
 
 @contextlib.contextmanager
@@ -73,34 +87,116 @@ def sample(logits, generator, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0):
     temperature 0 takes the largest logit; top_k 0, top_p 1 and min_p 0 switch those filters off. InputError when the
     logits are not finite: then the weights are not sound.
     """
-    lowest, highest = logits.aminmax()  # one quick pass that NaN and infinities come through
+    return sample_rows(logits[None], [generator], temperature, top_p, top_k, min_p)[0]
+
+
+def sample_rows(logits, generators, temperature, top_p, top_k, min_p):
+    """`sample` of each row of logits [B, V], with its own generator."""
+    lowest, highest = logits.aminmax(dim=-1)  # one quick pass that NaN and infinities come through
     sound = (highest - lowest).isfinite()
     if temperature < 1e-5:  # logits divided by less would overflow
         enough = sound
-        token = logits.max(0).indices  # the first of equals, as argmax, which is five times slower for bf16
+        tokens = logits.max(-1).indices  # the first of equals, as argmax, which is five times slower for bf16
     else:
         logits = logits.float() / temperature
-        total = logits.logsumexp(0)
 
-        def draw(k):
-            """(one of the k likeliest, whether the nucleus lies among them)."""
+        def draw(logits, generators, k):
+            """(one of the k likeliest of each row, whether the nucleus lies among them)."""
             values, order = logits.topk(k)
-            p = (values - (values.logsumexp(0) if top_k else total)).exp()  # descending
-            complete = p.sum() >= top_p
+            p = (values - (values if top_k else logits).logsumexp(-1, keepdim=True)).exp()  # descending
+            complete = p.sum(-1) >= top_p
             if top_p < 1:
-                p = p.where(p.cumsum(0) - p < top_p, 0)  # keeps the token that crosses top_p
+                p = p.where(p.cumsum(-1) - p < top_p, 0)  # keeps the token that crosses top_p
             if min_p > 0:
-                p = p.where(p >= min_p * p[0], 0)
+                p = p.where(p >= min_p * p[:, :1], 0)
             # torch.multinomial's own way to draw one, without its checks, for each of which a GPU would have to wait
-            drawn = p.div_(torch.empty_like(p).exponential_(generator=generator)).argmax()
-            return order.take(drawn), complete  # order[drawn] would wait
-        most = min(top_k or len(logits), len(logits))
+            noise = torch.stack([torch.empty_like(p[0]).exponential_(generator=one) for one in generators])
+            return order.gather(-1, p.div_(noise).argmax(-1, keepdim=True))[:, 0], complete
+        most = min(top_k or logits.shape[1], logits.shape[1])
         k = most if top_k or top_p >= 1 else min(most, 512)  # nearly always enough, and sorting all of V is slow
-        token, enough = draw(k)
-    token, sound, enough = torch.stack([token, sound, enough]).tolist()  # a GPU's only wait, with few exceptions
-    if not sound:
+        tokens, enough = draw(logits, generators, k)
+    tokens, sound, enough = torch.stack([tokens, sound, enough]).tolist()  # a GPU's only wait, with few exceptions
+    if not all(sound):
         raise InputError("the model gives logits that are not finite numbers; expected sound weights")
-    return token if enough or k == most else int(draw(most)[0])
+    return [token if complete or k == most else int(draw(logits[i:i + 1], generators[i:i + 1], most)[0])
+            for i, (token, complete) in enumerate(zip(tokens, enough))]
+
+# ----- a batch -------------------------------------------------------------------------------------------------------
+
+
+def generate_batch(model, prompts, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0,
+                   stop_ids=(), seed=0):
+    """[prompt ids, …] -> [new ids, …], each as `generate` would give it: ends with a stop id, at max_new_tokens or when
+    the context is full.
+
+    Every text draws from a generator of its own with the same `seed`, so its tokens do not depend on those beside it;
+    in bf16 rounding does, and a near tie may go the other way. The cache takes (number of prompts) × (longest prompt +
+    max_new_tokens) places. InputError names a prompt that is empty or does not fit the context.
+
+    The prompts are read one by one into the end of their rows of the cache, so that all rows go on at the same place:
+
+        cache     . . p p p n n      p prompt, n new; the first two places of this row are its padding, never seen
+    """
+    most = [min(max_new_tokens, room(model, ids, f"prompt {i}")) for i, ids in enumerate(prompts)]
+    new, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows: the prompts still in the batch
+    if not prompts or max_new_tokens < 1:
+        return new
+    device, longest = model.norm.weight.device, max(map(len, prompts))
+    pads, generators = [longest - len(ids) for ids in prompts], [seeded(seed, device) for _ in prompts]
+    cache = KVCache(model, longest + max(most) - 1, len(prompts))
+
+    def ended(row):
+        return len(new[row]) == most[row] or new[row][-1] in stop_ids
+
+    with torch.inference_mode():
+        first = []
+        for i, ids in enumerate(prompts):
+            end_of_row = part(cache, slice(i, i + 1), pads[i])
+            first.append(model(torch.tensor([ids], device=device), cache=end_of_row, last_only=True)[:, -1])
+            cache.kv[:, :, i, :, :pads[i]] = 0  # p = 0 there, and 0 times the NaN that fresh memory may hold is NaN
+        logits, cache.length, step = torch.cat(first), longest, None
+        while True:
+            tokens = sample_rows(logits, generators, temperature, top_p, top_k, min_p)
+            for row, token in zip(rows, tokens):
+                if not new[row] or not ended(row):
+                    new[row].append(token)
+            going = [i for i, row in enumerate(rows) if not ended(row)]
+            if not going:
+                return new
+            if 2 * len(going) <= len(rows):  # fewer: each change copies rows, and is recorded anew on a GPU
+                for i, j in enumerate(going):
+                    cache.kv[:, :, i, :, :cache.length] = cache.kv[:, :, j, :, :cache.length]
+                rows, pads, generators, tokens = ([x[i] for i in going] for x in (rows, pads, generators, tokens))
+                cache, pads, step = part(cache, slice(len(rows)), min(pads)), [p - min(pads) for p in pads], None
+            step = step or step_of(model, cache, pads)
+            with onednn(len(rows) > 1):
+                logits = step(tokens).view(len(rows), -1)
+
+
+def part(cache, rows, start):
+    """The KVCache that is the `rows` of `cache` from the place `start` on: the same memory."""
+    of = copy.copy(cache)
+    of.kv = cache.kv[:, :, rows, :, start:]
+    of.k, of.v = of.kv.unbind(1)
+    of.length = max(0, cache.length - start)
+    return of
+
+
+def step_of(model, cache, pads):
+    """A function [a token of each text in `cache`] -> their logits, by the fastest way there is here."""
+    if cache.kv.is_cuda:
+        return recorded_decoder(model, cache, pads)
+    if len(pads) == 1:
+        one = decoder(model, cache)
+        return lambda tokens: one(tokens[0])
+    forward, ids, place = one_token_forward(model, cache, pads)
+
+    def step(tokens):
+        ids[:, 0] = torch.tensor(tokens)
+        place.fill_(cache.length)
+        cache.length += 1
+        return forward(cache.length)
+    return step
 
 # ----- one token on a CPU --------------------------------------------------------------------------------------------
 
@@ -124,16 +220,16 @@ def decoder(model, cache):
     # rotation, in fp32; as v is not turned, its cos is 1 and its sin 0, and all heads go through in one piece
     x, turned, cos, sin = torch.zeros(4, H + 2 * K, C, device=like.device)
     cos[H + K:] = 1
-    table = rotary_table(config, torch.arange(cache.kv.shape[3], device=like.device))
+    table = rotary_table(config, torch.arange(cache.kv.shape[4], device=like.device))
     (x1, x2), (turned1, turned2), (sin1, sin2) = [whole.chunk(2, dim=-1) for whole in (x, turned, sin)]
-    turned_q, turned_kv = turned.split([H, 2 * K])
+    turned_q, turned_kv = turned[:H], turned[H:].view(2, K, C)
 
     def step(token):
         if model.unusable:
             raise RuntimeError(model.unusable)
         position, end = cache.length, cache.length + 1
         cos[:H + K], sin[:H + K] = table[0][position], table[1][position]
-        places = cache.kv[:, 0, :, position].unbind()
+        places = cache.kv[:, :, 0, :, position].unbind()
         keys, values = cache.k[:, :, :, :end].unbind(), cache.v[:, :, :, :end].unbind()
         h.copy_(model.embed.weight[token])
         for weights, place, k, v in zip(layers, places, keys, values):
@@ -167,30 +263,32 @@ def rms_norm_vector(x, weight, eps, zeros):
 RECORDING = threading.Lock()  # a process records one graph at a time
 
 
-def recorded_decoder(model, cache):
+def recorded_decoder(model, cache, pads=(0,)):
     """`decoder` for a GPU, to which a token of a small model is a thousand kernels, each shorter than its launch.
 
     They are recorded once, as a CUDA graph, and replayed for each token, on the same memory: so the token and its place
     are tensors, attention goes over all places of the cache, those not yet filled hidden, and the logits are written
     over by the next step. Recording takes as long as a few tokens. The weights are those of the model: a step sees
-    changes made in place. Call it as it was made, without gradients or in inference mode.
+    changes made in place. Call it as it was made, without gradients or in inference mode. For a batch, `pads` as in
+    `one_token_forward`, it takes a list, a token of each text, and gives [B, V].
     """
-    forward, ids, position = one_token_forward(model, cache)
+    forward, ids, place = one_token_forward(model, cache, pads)
     device, graph = ids.device, torch.cuda.CUDAGraph()
+    cache.kv[..., cache.length:, :] = 0  # p = 0 there, and 0 times the NaN that may lie in fresh memory is NaN
     for _ in range(2):  # the set-up of a first call cannot be recorded
         forward()
     # "thread_local": work that other threads give the GPU meanwhile is not recorded and does no harm
     with RECORDING, torch.cuda.device(device), torch.cuda.graph(graph, stream=recording_stream(device),
                                                                 capture_error_mode="thread_local"):
-        logits = forward()
+        logits = forward().squeeze(0)
 
     def step(token):
         if model.unusable:
             raise RuntimeError(model.unusable)
-        if cache.length == cache.kv.shape[3]:  # a GPU would end the process's use of it
+        if cache.length == cache.kv.shape[4]:  # a GPU would end the process's use of it
             raise IndexError(f"the cache is full: {cache.length} tokens")
-        ids.fill_(token)
-        position.fill_(cache.length)
+        ids.copy_(torch.tensor(token).view(-1, 1))
+        place.fill_(cache.length)
         graph.replay()
         cache.length += 1
         return logits
@@ -203,34 +301,44 @@ def recording_stream(device):
     return torch.cuda.Stream(device)
 
 
-def one_token_forward(model, cache):
-    """(a function -> logits [V], ids [1, 1], position [1]): the plain forward of the token in `ids` at `position`, the
-    same kernels on the same memory wherever that is."""
-    device = model.norm.weight.device
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    position = torch.full((1,), cache.length, device=device)
-    cache.kv[:, :, :, cache.length:] = 0  # p = 0 there, and 0 times the NaN that may lie in fresh memory is NaN
+def one_token_forward(model, cache, pads=(0,)):
+    """(a function -> logits [B, V], ids [B, 1], place [1]): the plain forward of a token of each text, all of them at
+    `place`, the same kernels on the same memory wherever that is. The first `pads[b]` places of text b are hidden.
 
-    def layer(i):
+    The function takes the number of places to look at, by default all.
+    """
+    device = model.norm.weight.device
+    ids = torch.zeros(len(pads), 1, dtype=torch.int64, device=device)
+    place = torch.full((1,), cache.length, device=device)
+    pads = torch.tensor(pads, device=device)[:, None]
+
+    def layer(i, end):
         def extend(k, v):
-            return cache.k[i].index_copy_(2, position, k), cache.v[i].index_copy_(2, position, v)
+            return [x[i].index_copy_(2, place, new.to(x.dtype))[:, :, :end].to(new.dtype)
+                    for x, new in ((cache.k, k), (cache.v, v))]
         return extend
 
     def attend(hidden, q, k, v):
-        grouped = q.view(k.shape[1], -1, q.shape[3])  # the queries that share a key-value head, as rows
-        scores = product_fp32(grouped, k[0].mT).mul_(q.shape[3] ** -0.5).add_(hidden)
-        return (scores.softmax(-1).to(v.dtype) @ v[0]).view(q.shape)
+        grouped = q.reshape(-1, q.shape[1] // k.shape[1], q.shape[3])  # the queries that share a key head, as rows
+        k, v = k.flatten(0, 1), v.flatten(0, 1)  # [B K, S, C]
+        scores = product_fp32(grouped, k.mT).view(len(q), q.shape[1], 1, -1)
+        p = scores.mul_(q.shape[3] ** -0.5).add_(hidden).softmax(-1).to(v.dtype)
+        return (p.view(*grouped.shape[:2], -1) @ v).view(q.shape)
 
-    def forward():
-        places = torch.arange(cache.kv.shape[3], device=device)  # here: a graph keeps what it makes and nothing else
-        hidden = torch.zeros(len(places), device=device).masked_fill_(places > position, -math.inf)
-        as_cache = SimpleNamespace(length=0, layer=layer)
-        return model(ids, positions=position, attend=functools.partial(attend, hidden), cache=as_cache)[0, -1]
-    return forward, ids, position
+    def forward(end=None):
+        places = torch.arange(cache.kv.shape[4], device=device)[:end]  # here: a graph keeps what it makes, nothing else
+        hidden = torch.zeros(len(ids), 1, 1, len(places), device=device)
+        hidden.masked_fill_(((places > place) | (places < pads))[:, None, None], -math.inf)
+        as_cache = SimpleNamespace(length=0, layer=functools.partial(layer, end=end))
+        return model(ids, positions=place - pads, attend=functools.partial(attend, hidden), cache=as_cache)[:, -1]
+    return forward, ids, place
 
 
 def product_fp32(a, b):
-    """a @ b [N, …, …] in fp32; on a GPU without fp32 copies of bf16 a and b."""
-    if a.dtype == torch.float32 or a.device.type == "cpu":
-        return a.float() @ b.float()
+    """a @ b [N, …, …] in fp32; on a GPU without fp32 copies of bf16 a and b, on a CPU rounded to bf16 in between, as in
+    fast.BlockedAttention: there a few rows a are multiplied 2.5 times as fast from the right."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cpu":
+        return (b.mT @ a.mT).mT.float().contiguous()
     return torch.bmm(a, b, out_dtype=torch.float32)

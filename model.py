@@ -207,16 +207,16 @@ class Llama(nn.Module):
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once for `max_length` positions: kv [L, B, 2K, max_length, C].
+    """Keys and values of all layers, allocated once for `max_length` positions: kv [L, 2, B, K, max_length, C].
 
-    The heads of k come first, then those of v, so that one token's are written by one copy; k and v are views.
+    They are one tensor, so that one token's are written by one copy; k and v are views.
     """
 
     def __init__(self, model, max_length, batch_size=1):
         config, weight = model.config, model.norm.weight
-        shape = (config.num_hidden_layers, batch_size, 2 * config.num_key_value_heads, max_length, config.head_dim)
+        shape = (config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, max_length, config.head_dim)
         self.kv = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.k, self.v = self.kv.chunk(2, dim=2)
+        self.k, self.v = self.kv.unbind(1)
         self.length = 0  # positions filled so far
 
     def layer(self, i):

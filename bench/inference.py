@@ -1,10 +1,12 @@
 """One table: ours, the peer, the ratio. Every figure is measured in this run, the sides alternately.
 
-    python bench/inference.py [--rounds 3] [--tasks decode ttt ttt+loss encode] [--padded] [--json]
+    python bench/inference.py [--rounds 3] [--tasks decode batch ttt ttt+loss encode] [--padded] [--json]
 
 Each measurement is a process of its own (so that its peak memory is its own), with --threads threads, on
 SmolLM2-135M-Instruct and all-MiniLM-L6-v2 from models/:
   decode  greedy tokens per second after the prompt: ours and transformers in bf16, llama.cpp on a bf16 GGUF
+  batch   greedy tokens per second of 16 questions of the demo, the reading of the prompts included: ours together in
+          one batch and one by one
   ttt     one question: snapshot, one step on a trace of 800 tokens, 128 new tokens, restore; seconds and peak
           memory of the process, beside transformers in fp32 with AdamW, by default and fused (--padded: also padded to
           6,144, as upstream); and what adaptation adds to the loaded model, in bytes a parameter
@@ -29,9 +31,10 @@ from files import InputError, Parser, resident, run_main, whole, written_aside  
 SMOLLM2, MINILM = ROOT / "models/smollm2-135m-instruct", ROOT / "models/all-minilm-l6-v2"
 QUESTION = "What are the symptoms of an overactive thyroid, and how is it treated?"
 NEW_TOKENS = 128
-UNITS = {"decode": "tokens/s", "ttt": "s", "ttt memory": "GB", "ttt+loss": "s", "ttt+loss memory": "GB",
-         "encode": "texts/s"}
+UNITS = {"decode": "tokens/s", "batch": "tokens/s", "ttt": "s", "ttt memory": "GB", "ttt+loss": "s",
+         "ttt+loss memory": "GB", "encode": "texts/s"}
 OURS_FIRST = {"decode": ("ours", "transformers bf16", "llama.cpp bf16"),
+              "batch": ("ours", "one by one"),
               "ttt": ("ours", "transformers fp32", "transformers fp32, fused AdamW"),
               "ttt+loss": ("ours", "transformers fp32", "transformers fp32, fused AdamW"),
               "encode": ("ours", "sentence-transformers")}
@@ -141,6 +144,25 @@ def bf16_gguf():
     quantised.unlink()
     return path
 
+# ----- batch ---------------------------------------------------------------------------------------------------------
+
+
+def batch_ours(together):
+    from chat import render_chat
+    from fast import reuse_freed_memory
+    from generate import generate, generate_batch
+    from model import load_model
+    from tokenizer import Tokenizer
+    reuse_freed_memory()
+    model, tokenizer = load_model(SMOLLM2), Tokenizer.from_dir(SMOLLM2)
+    rows = [json.loads(line) for line in (ROOT / "demo/data/traces.jsonl").read_text().splitlines()[:16]]
+    prompts = [render_chat(tokenizer, [{"role": "user", "content": row["instruction"]}], True)[0] for row in rows]
+    for n in (8, NEW_TOKENS):  # the first warms up
+        start, settings = time.perf_counter(), {"max_new_tokens": n, "temperature": 0}
+        new = generate_batch(model, prompts, **settings) if together else [
+            list(generate(model, ids, **settings)) for ids in prompts]
+    return {"batch": sum(map(len, new)) / (time.perf_counter() - start)}
+
 # ----- test-time training --------------------------------------------------------------------------------------------
 
 
@@ -239,6 +261,7 @@ def measure(task, side, threads):
     torch.set_num_threads(threads)
     return {("decode", "ours"): decode_ours, ("decode", "transformers bf16"): decode_transformers,
             ("decode", "llama.cpp bf16"): lambda: decode_llama_cpp(threads),
+            ("batch", "ours"): lambda: batch_ours(True), ("batch", "one by one"): lambda: batch_ours(False),
             ("ttt", "ours"): ttt_ours, ("ttt", "transformers fp32"): ttt_transformers,
             ("ttt", "transformers fp32, fused AdamW"): lambda: ttt_transformers(fused=True),
             ("ttt+loss", "ours"): lambda: ttt_ours(True),

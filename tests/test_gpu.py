@@ -39,7 +39,7 @@ import train
 import ttt
 from data import collate, collate_pairs
 from files import InputError
-from generate import generate, recorded_decoder, sample
+from generate import generate, generate_batch, recorded_decoder, sample, sample_rows
 from parallel import World
 from retrieve import Encoder
 from rounding import stochastic_round_
@@ -110,6 +110,35 @@ def test_a_recorded_step_sees_weights_changed_after_it_was_recorded(name, tmp_pa
         torch.testing.assert_close(step(7), there(torch.tensor([[7]], device="cuda"))[0, -1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_recorded_batch_gives_the_tokens_of_each_text_alone(name, temperature, tmp_path):
+    """Texts of different lengths; rows leave the batch, and fewer are recorded anew, down to one."""
+    there = on_gpu(tiny_pair(name, tmp_path)[1])
+    prompts = [torch.randint(0, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+               for n in (60, 1, 7, 30, 59, 12, 20, 3)]
+    settings = {"max_new_tokens": 40, "temperature": temperature}
+    free = [list(generate(there, ids, **settings)) for ids in prompts]
+    assert generate_batch(there, prompts, **settings) == free
+    settings["stop_ids"] = {tokens[5 * i] for i, tokens in enumerate(free[:7])}
+    stopped = [list(generate(there, ids, **settings)) for ids in prompts]
+    assert generate_batch(there, prompts, **settings) == stopped != free
+
+
+def test_a_recorded_batch_in_bf16_is_as_near_to_fp32_as_the_plain_forward(tmp_path):
+    half = on_gpu(tiny_pair("untied, llama3 scaling", tmp_path)[1]).bfloat16()
+    exact = copy.deepcopy(half).float()
+    ids = torch.randint(0, 300, (3, 40), generator=torch.Generator().manual_seed(6)).cuda()
+    cache = M.KVCache(half, 40, 3)
+    cache.kv.fill_(math.nan)  # what fresh memory may hold
+    with torch.no_grad():
+        step = recorded_decoder(half, cache, [0, 0, 0])
+        expected, plain = exact(ids), half(ids)
+        stepped = torch.stack([step(ids[:, t].tolist()).clone() for t in range(40)], 1)
+    errors = [(logits.float() - expected).norm() / expected.norm() for logits in (stepped, plain)]
+    assert errors[0] <= 1.25 * errors[1] < 0.05, errors
+
+
 def test_recorded_decoding_in_bf16_is_as_near_to_fp32_as_the_plain_forward(tmp_path):
     half = on_gpu(tiny_pair("untied, llama3 scaling", tmp_path)[1]).bfloat16()
     exact = copy.deepcopy(half).float()
@@ -136,15 +165,16 @@ def test_sampling_on_the_gpu():
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7])
-def test_a_token_is_waited_for_once(temperature):
-    logits = torch.randn(5000, device="cuda") * 5  # more than 512, and the nucleus among the likeliest of them
-    generator = torch.Generator("cuda").manual_seed(0)
-    sample(logits, generator, temperature)
+def test_the_tokens_of_a_batch_are_waited_for_once(temperature):
+    logits = torch.randn(3, 5000, device="cuda") * 5  # more than 512, and the nucleus among the likeliest of them
+    generators = [torch.Generator("cuda").manual_seed(0) for _ in logits]
+    draw = partial(sample_rows, logits, generators, temperature, top_p=0.95, top_k=0, min_p=0.0)
+    draw()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
-            sample(logits, generator, temperature)
+            draw()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 1, [str(one.message) for one in waits]
