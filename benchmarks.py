@@ -238,6 +238,7 @@ def choice_prompt(question, style):
         "raw"          text for a base model, "Question: …\\nA. …\\nB. …\\nAnswer:", without a space at its end
         "chat"         a user message that asks for reasoning and, at its end, for "The answer is (X)."
         "chat-letter"  a user message that asks for the letter alone, whose log-likelihood is compared
+        "chat-text"    one that asks for the option's text alone
     """
     if not question.options:
         raise InputError(f"{question.where}: found no options; expected a multiple-choice question")
@@ -246,7 +247,8 @@ def choice_prompt(question, style):
         return f"Question: {question.text}\n{options}\nAnswer:"
     ask = {"chat": "Weigh the options step by step and choose exactly one. Close with a line of this form, where X is "
                    "the letter of your choice:\nThe answer is (X).",
-           "chat-letter": "Exactly one option is right. Reply with its letter and nothing else."}[style]
+           "chat-letter": "Exactly one option is right. Reply with its letter and nothing else.",
+           "chat-text": "Exactly one option is right. Reply with its text and nothing else."}[style]
     return f"{question.text}\n\n{options}\n\n{ask}"
 
 

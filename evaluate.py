@@ -43,7 +43,6 @@ from benchmarks import (
     extracted,
     flattering,
     read_benchmark,
-    split_thought,
 )
 from chat import render_chat
 from data import answer_ids, collate_answers
@@ -64,7 +63,7 @@ from files import (
     write_json,
 )
 from generate import generate_batch
-from leaks import MASKED
+from leaks import MASKED, leaks_command
 from model import load_model
 from parallel import computed_on_rank_0, from_all, start, stop
 from report import ENDPOINTS, OUR_ROW, accuracy, compared, print_table, results_of, sentence, show, summarise, with_holm
@@ -133,10 +132,11 @@ def generated(run, asked):
     for (question, _), ids in zip(asked, texts):
         stopped = ids[-1] in run.stop_ids
         text = run.tokenizer.decode(ids[:-1] if stopped else ids)
-        letter = extracted(split_thought(text)[1], list(question.options))
-        rows.append({"gold": question.gold, "choice": letter, "correct": letter == question.gold, "text": text,
-                     "truncated": not stopped, "tokens": len(ids),
-                     **flattering(text, list(question.options), question.gold)})
+        letter = extracted(text, question.options)
+        laxer = flattering(text, question.options, question.gold)
+        rows.append({"gold": question.gold, "choice": letter, "correct": letter == question.gold,
+                     "first": laxer["first"], "best_of_two": laxer["best_of_two"], "truncated": not stopped,
+                     "tokens": len(ids), "text": text})
     return rows
 
 
@@ -416,14 +416,29 @@ def kind_and_file(text):
     return kind, file
 
 
+def compare_command(argv):
+    parser = Parser(prog="evaluate.py compare", description=compare.__doc__)
+    parser.add_argument("one", metavar="A", help="the folder of a finished evaluation")
+    parser.add_argument("other", metavar="B", help="another, of the same questions and measure")
+    args = parser.parse_args(argv)
+    compare(args.one, args.other)
+
+
+def leaks_of_files(argv):
+    parser = Parser(prog="evaluate.py leaks", description="What training files or indices share with questions.")
+    parser.add_argument("--train", nargs="+", required=True, metavar="FILE", help="data files, or folders of an index")
+    parser.add_argument("--benchmark", nargs="+", required=True, type=kind_and_file, metavar="KIND=FILE",
+                        help=f"the questions; KIND is one of {', '.join(SHAPES)}")
+    parser.add_argument("--out", metavar="FILE.jsonl", help="every hit with its evidence")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    args = parser.parse_args(argv)
+    leaks_command(args, [question for kind, file in args.benchmark for question in read_benchmark(kind, file)])
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["compare"]:
-        parser = Parser(prog="evaluate.py compare", description=compare.__doc__)
-        parser.add_argument("one", metavar="A")
-        parser.add_argument("other", metavar="B")
-        args = parser.parse_args(argv[1:])
-        compare(args.one, args.other)
+    if argv[:1] in (["compare"], ["leaks"]):
+        {"compare": compare_command, "leaks": leaks_of_files}[argv[0]](argv[1:])
         return
     parser, args = parse_args(argv)
     several = hasattr(args, "models")

@@ -8,6 +8,7 @@ clustered by the rows' group, and stand beside the smallest effect that a run of
 power. p-values are Holm's over all comparisons but the one that was named beforehand (the primary). At the sizes people
 run, accuracy resolves 7 points (300 questions of which 20 % change), so bits per byte and margins are the endpoints.
 """
+import math
 from pathlib import Path
 
 import numpy as np
@@ -51,15 +52,23 @@ def compared(measure, one, other, names, primary):
     endpoint = ENDPOINTS[measure][0]
     a, b = (np.array([float(row[endpoint]) for row in rows]) for rows in (other, one))
     groups = [row["group"] for row in one]
-    found = {"arm": names[0], "against": names[1], "primary": primary, **stats.paired(a, b, groups),
-             "smallest_effect": stats.smallest_effect(a, b, groups),
+    found = {"arm": names[0], "against": names[1], "primary": primary, **known(stats.paired(a, b, groups)),
+             **known({"smallest_effect": stats.smallest_effect(a, b, groups)}),
              "worse": stats.worse_share(gains(measure, one, other), 0.01)}
     if measure != "bpb":
         gained = sum(x["correct"] and not y["correct"] for x, y in zip(one, other))
         lost = sum(y["correct"] and not x["correct"] for x, y in zip(one, other))
-        found["mcnemar"] = {"gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost), "smallest_effect":
-                            stats.smallest_accuracy_effect((gained + lost) / len(one), len(one))}
+        found["mcnemar"] = {"gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost), **known(
+            {"smallest_effect": stats.smallest_accuracy_effect((gained + lost) / len(one), len(one))})}
+    if measure == "loglik":  # McNemar's test takes questions as independent; this one does not
+        right = (np.array([float(row["correct"]) for row in rows]) for rows in (other, one))
+        found["accuracy"] = known(stats.paired(*right, groups))
     return found
+
+
+def known(numbers):
+    """The dict with None for the infinite: one group says nothing about others, and JSON has no infinity."""
+    return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
 
 
 def gains(measure, one, other):
@@ -83,8 +92,8 @@ def with_holm(comparisons):
 def of_arm(measure, rows, timings):
     """What is reported of one arm."""
     endpoint, n = ENDPOINTS[measure][0], len(rows)
-    found = {"n": n, **stats.mean_interval(np.array([float(row[endpoint]) for row in rows]),
-                                           [row["group"] for row in rows])}
+    found = {"n": n, **known(stats.mean_interval(np.array([float(row[endpoint]) for row in rows]),
+                                                 [row["group"] for row in rows]))}
     if measure != "bpb":
         found |= accuracy(rows)
         if kinds := {row["kind"] for row in rows if "kind" in row}:
@@ -96,7 +105,7 @@ def of_arm(measure, rows, timings):
         parsed = [row for row in rows if row["choice"] is not None]
         found |= {"unparsed": 1 - len(parsed) / n, "truncated": sum(row["truncated"] for row in rows) / n,
                   "first_match": sum(row["first"] == row["gold"] for row in rows) / n,
-                  "best_of_two": sum(row["best_of_two"] for row in rows) / n,
+                  "best_of_two": sum(row["best_of_two"] == row["gold"] for row in rows) / n,
                   "without_unparsed": sum(row["correct"] for row in parsed) / len(parsed) if parsed else None}
     if timings:
         found |= {"seconds": sum(one["seconds"] for one in timings) / sum(one["questions"] for one in timings),
@@ -156,7 +165,7 @@ def show(summary):
                "s a question", "GB"]
     table = []
     for name, arm in summary["arms"].items():
-        cells = [f"{arm['mean']:.4f}", f"{arm['low']:.4f} to {arm['high']:.4f}"]
+        cells = [f"{arm['mean']:.4f}", interval(arm, ".4f")]
         if measure == "generate":
             cells = [f"{arm['accuracy']:.1%}", f"{arm['accuracy_low']:.1%} to {arm['accuracy_high']:.1%}"]
         elif measure == "loglik":
@@ -186,18 +195,28 @@ def show(summary):
 def sentence(measure, c):
     """A comparison in words."""
     unit, better = ENDPOINTS[measure][1:]
-    words = f"{c['arm']} − {c['against']}: {c['difference']:+.4f} {unit} ({c['low']:+.4f} to {c['high']:+.4f}, "
+    words = f"{c['arm']} − {c['against']}: {c['difference']:+.4f} {unit} ({interval(c, '+.4f')}, "
     words += f"p = {c['p']:.3g}, the primary comparison)" if c["primary"] else f"p = {c['p_holm']:.3g} by Holm)"
-    verdict = "no difference was shown" if c["low"] <= 0 <= c["high"] else \
-        "better" if c["difference"] * better > 0 else "worse"
+    shown = c["low"] is not None and not c["low"] <= 0 <= c["high"]
+    verdict = "no difference was shown" if not shown else "better" if c["difference"] * better > 0 else "worse"
     worse = c["worse"]
-    words += (f"; {verdict}; the run could have seen {c['smallest_effect']:.4f}; {worse['count']} of {c['n']} "
-              f"questions became worse by more than 1 % (at most {worse['upper']:.0%} of all)")
+    words += (f"; {verdict}; the run could have seen {as_text(c['smallest_effect'], '.4f')}; {worse['count']} of "
+              f"{c['n']} questions became worse by more than 1 % (at most {worse['upper']:.0%} of all)")
     if m := c.get("mcnemar"):
         p = f"p = {m['p']:.3g}" if "p_holm" not in m else f"p = {m['p_holm']:.3g} by Holm"
         words += (f"; {m['gained']} became right and {m['lost']} wrong (McNemar {p}; could have seen "
-                  f"{m['smallest_effect']:.1%})")
+                  f"{as_text(m['smallest_effect'], '.1%')})")
+    if accuracy := c.get("accuracy"):
+        words += f"; accuracy {accuracy['difference']:+.1%} ({interval(accuracy, '+.1%')})"
     return words
+
+
+def as_text(value, form):
+    return "–" if value is None else format(value, form)
+
+
+def interval(found, form):
+    return f"{as_text(found['low'], form)} to {as_text(found['high'], form)}"
 
 
 def print_table(columns, rows):
