@@ -5,6 +5,7 @@
 Each measurement is a process of its own, so that its peak memory is its own:
   decode  128 greedy tokens after a prompt of 128, per second from the first on, the second time; beside transformers'
           generate with its default cache, which grows, and with a static one, compiled
+  evaluate  16 questions of up to 400 tokens: 256 greedy tokens each together and one by one, and their options scored
   ttt     one question: snapshot, one step on a trace of 2,048 tokens, 128 new tokens, restore; the second in a process,
           beside what one writes with transformers: a copy of the weights, AdamW, one step, generate, the copy put back,
           all in bf16, rounded to nearest (fp32 would take 160 GB); and as on a card of 24 GB
@@ -91,6 +92,37 @@ def decode_theirs(folder, **settings):
         assert out.shape[1] == PROMPT + n
         seconds[n] = clock() - start  # of the last round: the first compiles
     return {"tokens/s": round((NEW - 1) / (seconds[NEW] - seconds[1]), 1), "GB": round(peak_gb(), 2)}
+
+# ----- questions of an evaluation ------------------------------------------------------------------------------------
+
+
+def evaluate_ours(folder, texts=16, prompt=400):
+    """Tokens per second of 16 texts together and of one, 256 new tokens each; questions per second whose four letters
+    are scored, 16 in a pass. The second time of each."""
+    from data import collate_answers
+    from fast import answer_logps
+    from generate import generate_batch
+    from train import on_device
+    reuse_freed_memory()
+    model, rates = M.load_model(folder, "cuda"), {}
+    prompts = [random_ids(prompt - 10 * i, i).tolist() for i in range(texts)]
+    batch = on_device(collate_answers([("", np.array(ids, np.int32), *np.array([[1], [2], [3], [4]], np.int32))
+                                       for ids in prompts]), torch.device("cuda"))
+
+    def scored():
+        with torch.no_grad():
+            assert answer_logps(model, batch).isfinite().all()
+        return texts
+
+    def written(n):
+        return sum(map(len, generate_batch(model, prompts[:n], max_new_tokens=2 * NEW, temperature=0)))
+    for name, work in (("tokens/s of 16", lambda: written(texts)), ("tokens/s of one", lambda: written(1)),
+                       ("questions/s scored", scored)):
+        for _ in range(2):
+            start = clock()
+            done = work()
+            rates[name] = round(done / (clock() - start), 1)
+    return rates | {"GB": round(peak_gb(), 2)}
 
 # ----- test-time training --------------------------------------------------------------------------------------------
 
@@ -181,6 +213,7 @@ SIDES = {
     "ttt": {"ours": lambda folder: ttt_ours(folder, "cuda"),
             "ours, snapshot in host memory, within 24 GB": lambda folder: ttt_ours(folder, "cpu", 24),
             "transformers": ttt_theirs},
+    "evaluate": {"ours": evaluate_ours},
     "sft": {"ours": sft_ours},
 }
 

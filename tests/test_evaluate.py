@@ -1,4 +1,5 @@
 """evaluate.py on tiny models: its measures beside transformers, its runs beside themselves when cut off or divided."""
+import functools
 import json
 import math
 import random
@@ -24,6 +25,14 @@ ROWS = [{"instruction": f"What is {text}?", "response": f"It is {answer}.", "url
         for i, (text, answer) in enumerate(zip(random_texts(6, seed=3), random_texts(6, seed=4)))]
 ARMS = ("none", "nearest:k=2,lr=1e-3", "random:k=2,lr=1e-3", "context:k=2", "random-context:k=2",
         "nearest+context:k=2,lr=1e-3")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_tokenizer():
+    """Each of these runs would read it anew, for most of its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "open_tokenizer", functools.cache(evaluate.open_tokenizer))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +130,7 @@ def test_bits_per_byte_and_the_records_in_the_prompt_are_those_of_transformers(f
 
 def test_a_reference_answer_is_cut_and_its_bytes_with_it(files, base, theirs, tmp_path):
     row = run(files, base, tmp_path / "run", "bpb", "--dtype", "fp32", "--answer-tokens", "3")[1, "none"]
-    cut = theirs[1].decode(theirs[1](ROWS[0]["response"]).input_ids[:3])
+    cut = theirs[1].decode(theirs[1](ROWS[0]["response"]).input_ids[:3]).rstrip("\ufffd")
     assert row["tokens"] == 3 and row["bytes"] == len(cut.encode()) < len(ROWS[0]["response"])
     logp = their_logp(theirs, their_prompt(theirs, ROWS[0]["instruction"]), cut)
     assert row["nats"] == pytest.approx(-logp, abs=1e-4)
@@ -200,11 +209,11 @@ def test_every_question_has_a_row_of_every_arm_and_the_arms_the_same_records(who
     assert summary["comparisons"][0]["against"] == "context:k=2" and summary["comparisons"][0]["clusters"] == 3
 
 
-def test_a_run_that_was_cut_off_anywhere_ends_in_the_same_file(files, base, whole, tmp_path):
+def test_a_run_that_was_cut_off_anywhere_ends_in_the_same_file(files, base, whole, tmp_path, pytestconfig):
     expected, rng = (whole / "results.jsonl").read_bytes(), random.Random(0)
     out = tmp_path / "run"
     out.mkdir()
-    for place in [0, len(expected), *(rng.randrange(len(expected)) for _ in range(6))]:
+    for place in [0, *(rng.randrange(len(expected)) for _ in range(20 if pytestconfig.getoption("--heavy") else 2))]:
         (out / "config.json").write_bytes((whole / "config.json").read_bytes())
         (out / "results.jsonl").write_bytes(expected[:place])
         (out / "timings.jsonl").write_bytes((whole / "timings.jsonl").read_bytes())
