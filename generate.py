@@ -281,6 +281,7 @@ def recorded_decoder(model, cache, pads=(0,)):
     with RECORDING, torch.cuda.device(device), torch.cuda.graph(graph, stream=recording_stream(device),
                                                                 capture_error_mode="thread_local"):
         logits = forward().squeeze(0)
+    graph.reads = forward  # a graph does not keep the memory that it reads, such as pads
 
     def step(token):
         if model.unusable:
