@@ -1,16 +1,16 @@
 """Every picture: finds out what a file or folder holds and draws it as PNG, one idea a picture.
 
     a run: its folder or metrics.jsonl          did it learn: loss, learning rate, gradient norm; DPO's margin, accuracy
-    an evaluation: results.jsonl, summary.json  what an arm costs and gives; gain against similarity; accuracy
+    an evaluation: results.jsonl, summary.json  what each arm gives and takes; gain against similarity
     rows with numeric scores                    how quality and complexity (or difficulty) are distributed, 1 to 10
     an index that retrieve.py built             its vectors in the plane by t-SNE, coloured by a label of the records
 
-It draws what it is given: every number comes from the files, and t-SNE (van der Maaten and Hinton, JMLR 9, 2008) is the
-only thing computed of vectors. Colours: of Okabe and Ito's, for any colour vision. The same input and versions of
-the libraries give the same bytes.
+Every number comes from the files; only the points of an index are computed here, by t-SNE (van der Maaten and Hinton,
+JMLR 9, 2008). The colours are Okabe and Ito's, for any colour vision. The same input and versions of the libraries give
+the same bytes.
 
     python plot.py runs/dpo                             runs/dpo/plot-run.png
-    python plot.py evals/ladder                         evals/ladder/plot-cost.png, plot-gain.png, plot-accuracy.png
+    python plot.py evals/ladder                         evals/ladder/plot-arms.png, plot-gain.png
     python plot.py ours.jsonl theirs.jsonl --out scores.png
     python plot.py index/traces --label specialty       index/plot-traces.png
 """
@@ -18,8 +18,8 @@ import contextlib
 import itertools
 import json
 import math
-import re
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -28,28 +28,25 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from files import InputError, Parser, read_data, read_json, read_jsonl, run_main, sha256, whole, written_aside
+from report import ENDPOINTS
 
 # without sky blue and yellow, which are too light for points on white
 BLACK, ORANGE, GREEN, BLUE, VERMILLION, PURPLE = (
     "#000000", "#E69F00", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
-GREY = "#999999"
 WIDTH, HEIGHT, DPI = 6.4, 3.6, 200  # inches; as wide as a README's column
 STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "figure.titlesize": 10,
          "figure.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.titlelocation": "left",
-         "text.parse_math": False}  # a $ in a name is a $
-EACH = {"linestyle": "", "marker": ".", "color": BLUE, "alpha": 0.4, "markersize": 5, "markeredgewidth": 0}
-MEAN = {"linestyle": "-", "marker": "o", "color": VERMILLION, "linewidth": 1.4, "markersize": 4}
-DASHED = (0, (4, 3))
+         "legend.frameon": False, "text.parse_math": False}  # a $ in a name is a $
+FAINT = {"linestyle": "", "marker": "o", "color": BLUE, "alpha": 0.4, "markersize": 3, "markeredgewidth": 0}
+STRONG = {"linestyle": "-", "marker": "o", "color": VERMILLION, "linewidth": 1.4, "markersize": 4}
+DASHED = {"linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
 INDEX_FILES = {"manifest.json", "records.jsonl", "vectors.safetensors"}
 EXPECTED = ("expected a run (metrics.jsonl), an evaluation (results.jsonl and summary.json), rows with numeric quality "
             "and complexity or difficulty, or an index (manifest.json, records.jsonl and vectors.safetensors)")
 PERPLEXITY, SEED = 25, 42  # FineMedLM-o1's picture has this perplexity, 1,000 iterations and 1,000 vectors a label
-# measure of an evaluation: (its value in a row of results.jsonl, the sign of better, the name of its axis, its unit)
-MEASURES = {"bpb": ("bpb", -1, "bits per byte (lower is better)", "bits per byte"),
-            "loglik": ("margin", 1, "margin (nats, higher is better)", "nats"),
-            "generate": ("correct", 1, "accuracy (share of questions, higher is better)", "right answers")}
-ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
+# keys of an arm in summary.json: a value and the ends of its 95 % interval
+MEAN, ACCURACY = ("mean", "low", "high"), ("accuracy", "accuracy_low", "accuracy_high")
 
 # ----- the sheet -----------------------------------------------------------------------------------------------------
 
@@ -71,61 +68,14 @@ def picture(path):
             figure.savefig(aside, format="png", metadata={"Software": None})
 
 
-def figure_title(figure, text):
+def entitle(figure, text):
     """The picture's message, flush left above it, in as many lines as it needs."""
-    figure.suptitle(wrapped(text, 74), x=0.01, ha="left")
+    figure.suptitle(textwrap.fill(text, 74), x=0.01, ha="left")
 
 
-def wrapped(text, width):
-    """`text` in lines of at most `width` characters, cut after a space or mark where there is one, else anywhere."""
-    lines = [""]
-    for piece in re.findall(r"[^\s,:;/_]*[\s,:;/_]?", " ".join(str(text).split())):
-        if len(lines[-1] + piece.rstrip()) > width:
-            lines.append("")
-        while len(piece.rstrip()) > width:
-            lines[-1], piece = piece[:width], piece[width:]
-            lines.append("")
-        lines[-1] += piece
-    return "\n".join(line.rstrip() for line in lines if line.strip())
-
-
-def label_points(axes, points, labels, colours, avoid=(), on_top=False):
-    """Writes each label near its point (x, y), where it covers no other label and none of the artists `avoid`.
-
-    The nearest free one of places around the point is taken; from one further away a thin line leads back. A label
-    `on_top` has a frame and tries its point itself first; another keeps off all points. Where no place is free, the
-    label stands at the first.
-    """
-    axes.figure.draw_without_rendering()  # the layout is known only now
-    dot, frame = 3 * DPI / 72, axes.get_window_extent().extents
-    centres = axes.transData.transform(points)
-    taken = [*(artist.get_window_extent().extents for artist in avoid),
-             *((x - dot, y - dot, x + dot, y + dot) for x, y in centres if not on_top)]
-    around = [(1, 0), (-1, 0), (0, 1), (0, -1)]  # the frame's sides, then the places between and its corners
-    around += [place for t in (0.5, -0.5, 1, -1) for place in ((1, t), (-1, t), (t, 1), (t, -1))]
-    for (x, y), text, colour in zip(centres, labels, colours):
-        box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": colour, "alpha": 0.9} if on_top else None
-        written = axes.text(0, 0, text, ha="center", va="center", color=BLACK if on_top else colour, transform=None,
-                            linespacing=1.0, bbox=box, zorder=4)
-        written.set_in_layout(False)
-        extent = written.get_window_extent()
-        w, h = extent.width / 2 + dot * (0.5 + on_top), extent.height / 2 + dot * on_top
-        places = [(x, y)] * on_top + [(x + i * (w + dot * far), y + j * (h + dot * far))
-                                      for far in (1, 2, 4, 7, 11, 16, 22, 29, 37) for i, j in around]
-        boxes = [(x - w, y - h, x + w, y + h) for x, y in places]
-        free = [box for box in boxes if frame[0] <= box[0] and frame[1] <= box[1] and box[2] <= frame[2]
-                and box[3] <= frame[3] and not any(overlap(box, other) for other in taken)]
-        left, bottom, right, top = box = (free or boxes)[0]
-        taken.append(box)
-        written.set_position(((left + right) / 2, (bottom + top) / 2))
-        end = min(max(x, left), right), min(max(y, bottom), top)  # of the label, nearest to the point
-        if math.dist(end, (x, y)) > 3 * dot:
-            axes.plot(*zip((x, y), end), color=GREY, linewidth=0.7, transform=None, zorder=1)[0].set_in_layout(False)
-
-
-def overlap(a, b):
-    """Whether two boxes (left, bottom, right, top) share a point."""
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def short_lines(arm, width=22):
+    """An arm's name in lines of at most `width` characters, cut between its settings where there are several."""
+    return textwrap.fill(arm.replace(",", ", "), width)
 
 # ----- a run ---------------------------------------------------------------------------------------------------------
 
@@ -141,26 +91,24 @@ def draw_run(figure, rows, name):
         panels |= {"margin": ("margin of the rewards", 1), "accuracy": ("accuracy (%)", 100)}
         places = [["loss"] * 2 + ["margin"] * 2 + ["accuracy"] * 2, ["lr"] * 3 + ["grad_norm"] * 3]
         figure.set_size_inches(WIDTH, 4.6)
-    for key, axes in figure.subplot_mosaic(places).items():
+    grid = figure.subplot_mosaic(places)
+    for key, axes in grid.items():
         title, scale = panels[key]
-        written = []
-        for text, field, look in (("each step", key, EACH), ("held out", f"val_{key}", MEAN)):
-            drawn = [(row["step"], scale * row[field]) for row in rows if is_number(row.get(field))]
-            if drawn:
-                axes.plot(*zip(*drawn), **look, label=field)
-                written.append((text, look["color"]))
-        if key == "loss" and (bad := [row["step"] for row in rows if row.get("finite") is False]):
-            axes.plot(bad, [0.02] * len(bad), "x", color=BLACK, label="skipped", transform=axes.get_xaxis_transform())
-            written.append(("× skipped", BLACK))
-        for i, (text, colour) in enumerate(written if key == "loss" else ()):  # it falls: this corner is mostly free
-            axes.annotate(text, (0.98, 0.98), (0, -11 * i), "axes fraction", "offset points", ha="right", va="top",
-                          color=colour)
+        for field, look, label in ((key, FAINT, "each step"), (f"val_{key}", STRONG, "held out")):
+            points = [(row["step"], scale * row[field]) for row in rows if is_number(row.get(field))]
+            if points:
+                axes.plot(*zip(*points), **look, label=label)
         axes.set_title(title)
         axes.margins(x=0.03)
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
-        if axes.get_subplotspec().rowspan.stop == len(places):
-            axes.set_xlabel("optimizer step")
-    figure_title(figure, message_of_run(rows, name))
+    loss = grid["loss"]
+    if skipped := [row["step"] for row in rows if row.get("finite") is False]:
+        loss.plot(skipped, [0.02] * len(skipped), "x", color=BLACK, label="skipped",
+                  transform=loss.get_xaxis_transform())
+    if loss.lines:
+        loss.legend(loc="upper right")  # the loss falls: this corner is mostly free
+    figure.supxlabel("optimizer step", fontsize=9)
+    entitle(figure, message_of_run(rows, name))
 
 
 def message_of_run(rows, name):
@@ -202,33 +150,54 @@ def is_number(value):
 # ----- an evaluation -------------------------------------------------------------------------------------------------
 
 
-def draw_cost(figure, summary, name):
-    """An arm's measure against its time, a point and an interval each; dashed, the arm that others are compared with"""
-    axes, base, bars = figure.add_subplot(), baseline_of(summary), []
-    arms = {arm: [row["seconds"], *(row[key] for key in keys_of(summary))] for arm, row in summary["arms"].items()}
-    colours = [BLACK if arm == base else BLUE for arm in arms]
-    for (arm, (seconds, mean, low, high)), colour in zip(arms.items(), colours):
-        axes.plot(seconds, mean, "o", color=colour, markersize=5, label=arm)
-        bars += axes.plot([seconds, seconds], [low, high], color=colour, linewidth=1.2, label=f"{arm} interval")
-        if arm == base:
-            bars.append(axes.axhline(mean, color=BLACK, linewidth=0.8, linestyle=DASHED, zorder=1))
-    times = [row[0] for row in arms.values()]
-    if max(times) > 30 * min(times) > 0:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
-    axes.margins(x=0.18, y=0.12)
-    axes.set(xlabel="time (s a question)", ylabel=MEASURES[summary["measure"]][2])
-    figure_title(figure, f"{name}: what each arm takes and gives (mean, 95 % interval)")
-    label_points(axes, [row[:2] for row in arms.values()], [wrapped(arm, 18) for arm in arms], colours, avoid=bars)
+def draw_arms(figure, summary, name):
+    """A row for each arm: its measure and accuracy with their 95 % intervals, and its time; dashed, the first arm, with
+    which the others are compared, and in colour the shares of right answers without a model."""
+    arms, panels = summary["arms"], panels_of(summary["measure"])
+    figure.set_size_inches(WIDTH, 1.5 + 0.4 * len(arms))
+    *grid, times = figure.subplots(1, len(panels) + 1, sharey=True, width_ratios=[2] * len(panels) + [1])
+    colours = [BLACK] + [BLUE] * (len(arms) - 1)
+    for axes, (label, keys, scale, digits) in zip(grid, panels):
+        rows = [[scale * row[key] for key in keys] for row in arms.values()]
+        for i, ((value, low, high), arm, colour) in enumerate(zip(rows, arms, colours)):
+            axes.plot(value, i, "o", color=colour, markersize=5, label=arm)
+            axes.plot([low, high], [i, i], color=colour, linewidth=1.2, label=f"{arm} interval")
+            axes.annotate(f"{value:.{digits}f}", (value, i), (0, 5), textcoords="offset points", ha="center",
+                          color=colour, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        axes.axvline(rows[0][0], color=BLACK, **DASHED)
+        axes.set_xlabel(label)
+        if keys == ACCURACY:
+            baselines = sorted(summary.get("baselines", {}).items(), key=lambda item: item[1])
+            for i, (text, share) in enumerate(baselines):
+                axes.axvline(100 * share, color=VERMILLION, **DASHED, label=text)
+                axes.text(100 * share, 1.01, text, color=VERMILLION, ha="left" if i else "right", va="bottom",
+                          transform=axes.get_xaxis_transform())
+    times.bar_label(times.barh(range(len(arms)), [row["seconds"] for row in arms.values()], height=0.5, color=colours),
+                    fmt="{:.3g}", padding=2)
+    times.set_xlabel("time (s a question)")
+    times.margins(x=0.3)
+    times.set_yticks(range(len(arms)), map(short_lines, arms))
+    times.set_ylim(len(arms) - 0.5, -0.7)  # the first arm on top
+    for axes in (*grid, times):
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    entitle(figure, f"{name}: what each arm gives and takes (95 % intervals)")
+
+
+def panels_of(measure):
+    """[(label of the axis, keys of an arm, factor, decimals)] of the values that are drawn."""
+    _, unit, better = ENDPOINTS[measure]
+    mean = (f"{unit} ({'higher' if better > 0 else 'lower'} is better)", MEAN, 1, 3)
+    accuracy = ("accuracy (%)", ACCURACY, 100, 1)
+    return {"bpb": [mean], "loglik": [mean, accuracy], "generate": [accuracy]}[measure]
 
 
 def draw_gain(figure, summary, rows, name):
-    """The gain of each question against the score of its nearest neighbour, a panel an arm; and means of fifths.
+    """The gain of each question against the score of its nearest neighbour, a panel for each arm; and means of fifths.
 
-    Gain: how much better the measure is than that of the same question in the arm that others are compared with.
+    Gain: how much better the measure is than that of the same question in the first arm.
     """
-    gains = gains_of(summary, rows)
+    gains, unit = gains_of(summary, rows), ENDPOINTS[summary["measure"]][1]
     columns = min(3, len(gains))
     lines = math.ceil(len(gains) / columns)
     figure.set_size_inches(WIDTH, max(HEIGHT, 1.0 + 1.6 * lines))
@@ -236,105 +205,60 @@ def draw_gain(figure, summary, rows, name):
     for axes, (arm, points) in zip(grid.flat, gains.items()):
         scores, values = np.array(sorted(points)).T
         axes.axhline(0, color=BLACK, linewidth=0.8)
-        axes.plot(scores, values, **EACH, label="questions")
-        fifths = [(part_x.mean(), part_y.mean()) for part_x, part_y in zip(
-            np.array_split(scores, 5), np.array_split(values, 5)) if len(part_x)]
-        axes.plot(*zip(*fifths), **MEAN, label="means")
-        axes.set_title(wrapped(arm, 22))
+        axes.plot(scores, values, **FAINT, label="questions")
+        fifths = [(x.mean(), y.mean()) for x, y in zip(np.array_split(scores, 5), np.array_split(values, 5)) if len(x)]
+        axes.plot(*zip(*fifths), **STRONG, label="means")
+        axes.set_title(short_lines(arm))
         axes.text(0.03, 0.97, f"mean {values.mean():+.3f}, n {len(values)}", transform=axes.transAxes, va="top")
         axes.margins(y=0.2)
+        axes.tick_params(labelbottom=True)
     for axes in grid.flat[len(gains):]:
         axes.set_axis_off()
-    for axes in grid.flat[:len(gains)]:
-        axes.tick_params(labelbottom=axes in grid.flat[max(0, len(gains) - columns):len(gains)])
     figure.supxlabel("score of the nearest neighbour (line: means of fifths)", fontsize=9)
-    figure.supylabel(f"gain ({MEASURES[summary['measure']][3]})", fontsize=9)
-    figure_title(figure, f"{name}: gain of each question over the arm {baseline_of(summary)}")
+    figure.supylabel(f"gain ({'right answers' if summary['measure'] == 'generate' else unit})", fontsize=9)
+    entitle(figure, f"{name}: gain of each question over the arm {next(iter(summary['arms']))}")
 
 
 def gains_of(summary, rows):
-    """{arm: [(score of the nearest neighbour, gain)]} of the questions that the arm and the baseline have answered.
+    """{arm: [(score of the nearest neighbour, gain)]} of the questions that the arm and the first arm have answered.
 
-    In the summary's order; without the baseline and arms that have no neighbours.
+    In the summary's order; without the first arm and those that have no neighbours.
     """
-    key, sign, _, _ = MEASURES[summary["measure"]]
-    base = baseline_of(summary)
-    before = {row["number"]: row[key] for row in rows if row["arm"] == base and row.get(key) is not None}
-    gains = defaultdict(list)
-    for arm, row in itertools.product(summary["arms"], rows):
-        if row["arm"] == arm != base and row.get("neighbours") and row.get(key) is not None and row["number"] in before:
+    key, _, better = ENDPOINTS[summary["measure"]]
+    first, *others = summary["arms"]
+    before = {row["number"]: row[key] for row in rows if row["arm"] == first}
+    gains = {arm: [] for arm in others}
+    for row in rows:
+        if row["arm"] in gains and row.get("neighbours") and row["number"] in before:
             nearest = max(neighbour["score"] for neighbour in row["neighbours"])
-            gains[arm].append((nearest, sign * (row[key] - before[row["number"]])))
-    return dict(gains)
-
-
-def draw_accuracy(figure, summary, name):
-    """The share of right answers of each arm with its interval; dashed, the summary's baselines, {name: share}."""
-    arms = {arm: row for arm, row in summary["arms"].items() if is_number(row.get("accuracy"))}
-    names = [wrapped(arm, 30) for arm in arms]
-    lines = max(name.count("\n") + 1 for name in names)
-    figure.set_size_inches(WIDTH, max(HEIGHT, 1.3 + len(arms) * max(0.36, 0.16 * lines)))
-    axes = figure.add_subplot()
-    base = baseline_of(summary)
-    for i, (arm, row) in enumerate(arms.items()):
-        share, low, high = (100 * row[key] for key in ACCURACY)
-        axes.barh(i, share, color=GREY if arm == base else BLUE, height=0.62, label=arm)
-        axes.errorbar(share, i, xerr=[[share - low], [high - share]], color=BLACK, linewidth=1.2, capsize=2.5)
-        axes.text(high, i, f"  {share:.1f}", va="center")
-    for i, (text, share) in enumerate(sorted(summary.get("baselines", {}).items(), key=lambda item: item[1])):
-        axes.axvline(100 * share, color=VERMILLION, linewidth=1.2, linestyle=DASHED, label=text)
-        axes.text(100 * share, 1.01, f" {text} ", color=VERMILLION, ha="left" if i else "right", va="bottom",
-                  transform=axes.get_xaxis_transform())
-    axes.set_yticks(range(len(arms)), names)
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    shares = [*summary.get("baselines", {}).values(), *(row["accuracy_high"] for row in arms.values())]
-    axes.set(xlim=(0, 100 * max(shares) + 12),
-             xlabel="accuracy (% of questions, 95 % interval)")
-    figure_title(figure, f"{name}: right answers of each arm")
-
-
-def keys_of(summary):
-    """The keys of an arm's mean and the ends of its interval."""
-    return ACCURACY if summary["measure"] == "generate" else ("mean", "low", "high")
-
-
-def baseline_of(summary):
-    """The arm that most comparisons are made against, or None."""
-    against = Counter(row["against"] for row in summary.get("comparisons", []))
-    return against.most_common(1)[0][0] if against else None
+            gains[row["arm"]].append((nearest, better * (row[key] - before[row["number"]])))
+    return {arm: points for arm, points in gains.items() if points}
 
 
 def read_evaluation(folder):
     """(summary, rows) of an evaluation's folder. InputError for whatever a picture needs and is not there."""
-    path, rows = folder / "summary.json", []
+    path = folder / "summary.json"
     summary = read_json(path)
-    arms, comparisons, baselines = (summary.get(key, {}) for key in ("arms", "comparisons", "baselines"))
-    if summary.get("measure") not in MEASURES or not isinstance(arms, dict) or not arms:
-        raise InputError(f"{path}: found measure {summary.get('measure')!r} and arms {str(arms)[:40]}; expected one of "
-                         f"{', '.join(MEASURES)}, and an object of arms")
+    measure, arms, baselines = summary.get("measure"), summary.get("arms"), summary.get("baselines", {})
+    if measure not in ENDPOINTS or not isinstance(arms, dict) or not arms:
+        raise InputError(f"{path}: found measure {measure!r} and arms {str(arms)[:40]}; expected one of "
+                         f"{', '.join(ENDPOINTS)}, and an object of arms")
     for arm, row in arms.items():
-        found = dict_or_empty(row)
-        for keys in [keys_of(summary)] + [ACCURACY] * (found.get("accuracy") is not None):
-            values = [found.get(key) for key in (*keys, "seconds")]
+        for _, keys, *_ in panels_of(measure):
+            values = [dict_or_empty(row).get(key) for key in (*keys, "seconds")]
             if not all(map(is_number, values)) or not values[1] <= values[0] <= values[2]:
                 raise InputError(f"{path}: arm {arm!r} has {', '.join(keys)} and seconds {values}; expected numbers, "
                                  "the first between the next two")
-    for row in comparisons:
-        if (against := dict_or_empty(row).get("against")) not in arms:
-            raise InputError(f"{path}: found a comparison against {against!r}, expected one of the arms")
     if not all(map(is_number, dict_or_empty(baselines).values())):
         raise InputError(f"{path}: found baselines {baselines}, expected shares")
-    key = MEASURES[summary["measure"]][0]
+    key, rows = ENDPOINTS[measure][0], []
     for line, row in whole_rows(folder / "results.jsonl"):
-        scores = [dict_or_empty(neighbour).get("score") for neighbour in row.get("neighbours") or []]
-        value = row.get(key)
-        if row.get("arm") not in arms or not all(map(is_number, [row.get("number"), *scores])) or not (
-                value is None or isinstance(value, bool) or is_number(value)):
-            raise InputError(f"{folder}/results.jsonl:{line}: found number {row.get('number')!r}, arm "
-                             f"{row.get('arm')!r}, {key} {value!r}, scores {scores}; expected numbers, and an arm of "
-                             "summary.json")
+        scores = [dict_or_empty(neighbour).get("score") for neighbour in row.get("neighbours") or ()]
+        number, arm, value = (row.get(name) for name in ("number", "arm", key))
+        if arm not in arms or not all(map(is_number, [number, *scores])) or not (
+                is_number(value) or isinstance(value, bool)):
+            raise InputError(f"{folder}/results.jsonl:{line}: found number {number!r}, arm {arm!r}, {key} {value!r}, "
+                             f"scores {scores}; expected numbers, and an arm of summary.json")
         rows.append(row)
     return summary, rows
 
@@ -351,7 +275,7 @@ def draw_scores(figure, scores):
     figure.set_size_inches(WIDTH, max(HEIGHT, 1.0 + 1.15 * len(scores)))
     grid = figure.subplots(len(scores), len(columns), sharex=True, sharey=True, squeeze=False)
     for axes_of_set, (name, one) in zip(grid, scores.items()):
-        axes_of_set[0].set_ylabel(wrapped(name, 16), rotation=0, ha="right", va="center")
+        axes_of_set[0].set_ylabel(textwrap.fill(name, 16), rotation=0, ha="right", va="center")
         for axes, column, colour in zip(axes_of_set, columns, (BLUE, ORANGE)):
             values = np.array(one.get(column, []))
             counts, _ = np.histogram(values, np.arange(0.5, 11))
@@ -364,57 +288,54 @@ def draw_scores(figure, scores):
     for axes, column in zip(grid[-1], columns):
         axes.set_xlabel(f"{column} (1 to 10)")
     figure.supylabel("rows (%)", fontsize=9)
-    figure_title(figure, f"Scores of {', '.join(scores)}" if len(scores) < 3 else f"Scores of {len(scores)} data sets")
+    entitle(figure, f"Scores of {', '.join(scores)}" if len(scores) < 3 else f"Scores of {len(scores)} data sets")
 
 
 def read_scores(paths):
-    """{name of the data set: {"quality" and "complexity" or "difficulty": [score]}}; rows without a score are passed
+    """{name of the data set: {"quality" and "complexity or difficulty": [score]}}; rows without a score are passed
     over. InputError for a score outside 1 to 10."""
+    stems = [Path(path).name.partition(".")[0] for path in paths]
     scores = {}
-    for path in paths:
-        columns = defaultdict(list)
+    for path, stem in zip(paths, stems):
+        columns = scores[stem if stems.count(stem) == 1 else str(path)] = {}
         for _, where, row in read_data(path):
             if isinstance(row, InputError):
                 raise row
-            for key in score_keys(row):
-                if not 1 <= row[key] <= 10:
-                    raise InputError(f"{where}: found {key} {row[key]}, expected a score from 1 to 10")
-                columns["quality" if key == "quality" else "complexity or difficulty"].append(row[key])
-        stems = [Path(other).name.partition(".")[0] for other in paths]
-        stem = Path(path).name.partition(".")[0]
-        name = stem if stems.count(stem) == 1 else str(path)
-        scores[name] = {key: columns[key] for key in ("quality", "complexity or difficulty") if key in columns}
+            for name, score in scores_of(row).items():
+                if not 1 <= score <= 10:
+                    raise InputError(f"{where}: found {name} {score}, expected a score from 1 to 10")
+                columns.setdefault(name, []).append(score)
     return scores
 
 
-def score_keys(row):
-    """The keys of a row's scores: quality, and complexity or else difficulty."""
-    keys = [key for key in ("quality", "complexity", "difficulty") if is_number(row.get(key))]
-    return keys[:-1] if keys[-2:] == ["complexity", "difficulty"] else keys
+def scores_of(row):
+    """The scores that a row has, as numbers: {"quality": …, "complexity or difficulty": …}."""
+    keys = {"quality": ["quality"], "complexity or difficulty": ["complexity", "difficulty"]}  # the first there is
+    found = {name: [row[key] for key in keys if is_number(row.get(key))] for name, keys in keys.items()}
+    return {name: values[0] for name, values in found.items() if values}
 
 # ----- vectors -------------------------------------------------------------------------------------------------------
 
 
 def draw_vectors(figure, points, labels, name, key):
     """points [N, 2] in the plane, coloured by label: the six most frequent labels by name, all others grey."""
-    figure.set_size_inches(WIDTH, 4.8)
+    figure.set_size_inches(WIDTH, 4.4)
     axes = figure.add_subplot()
     common = [label for label, _ in Counter(labels).most_common(6)]
-    colours = dict(zip(common, (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, BLACK)))
-    medians = []
-    for label in [None, *common]:
-        one = points[[found == label if label is not None else found not in colours for found in labels]]
-        axes.plot(*one.T, ".", color=colours.get(label, "#cccccc"), markersize=3.5 if len(points) > 300 else 7,
-                  markeredgewidth=0, alpha=0.8, label=label or "others")
-        medians.append(np.median(one, axis=0) if len(one) else None)
+    others = sorted(set(labels) - set(common))
+    groups = [("others", others, "#cccccc")] * bool(others)  # first: the rest is drawn over them
+    groups += [(label, [label], colour) for label, colour in zip(
+        common, (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, BLACK))]
+    for text, own, colour in groups:
+        axes.plot(*points[[label in own for label in labels]].T, "o", color=colour, label=textwrap.fill(text, 20),
+                  markersize=2 if len(points) > 300 else 3.5, markeredgewidth=0, alpha=0.8)
     axes.set(xticks=[], yticks=[], xlabel="t-SNE axis 1 (no unit)", ylabel="t-SNE axis 2 (no unit)")
-    others = len(set(labels)) - len(common)
-    figure_title(figure, f"{name}: t-SNE of {len(points):,} questions by {key}"
-                         + (f" ({others} rarer values grey)" if others else ""))
-    label_points(axes, medians[1:], [wrapped(label, 20) for label in common], list(colours.values()), on_top=True)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=3)
+    entitle(figure, f"{name}: t-SNE of {len(points):,} questions by {key}"
+                    + (f" ({len(others)} rarer values grey)" if others else ""))
 
 
-def in_the_plane(vectors, perplexity=PERPLEXITY, seed=SEED):
+def in_the_plane(vectors):
     """float32 [N, D] -> [N, 2] by t-SNE of the vectors at length 1; there euclidean distance ranks as the cosine does.
 
     One thread, because the order of sums decides where a point lands. InputError for too few vectors, or all equal.
@@ -424,14 +345,14 @@ def in_the_plane(vectors, perplexity=PERPLEXITY, seed=SEED):
         from threadpoolctl import threadpool_limits  # a dependency of scikit-learn's
     except ImportError:
         raise InputError("found no scikit-learn to project with; expected pip install -e '.[plot]'") from None
-    if len(vectors) <= perplexity:
-        raise InputError(f"found {len(vectors)} vectors with a label, expected more than the perplexity, {perplexity}")
+    if len(vectors) <= PERPLEXITY:
+        raise InputError(f"found {len(vectors)} vectors with a label, expected more than the perplexity, {PERPLEXITY}")
     units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     if not np.ptp(units, axis=0).any():
         raise InputError(f"found {len(vectors)} equal vectors, expected different ones")
     print(f"t-SNE of {len(vectors):,} vectors …", file=sys.stderr)
     with threadpool_limits(1):
-        return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(units)
+        return TSNE(perplexity=PERPLEXITY, init="pca", random_state=SEED).fit_transform(units)
 
 
 def read_vectors(folder, key, most):
@@ -456,14 +377,14 @@ def read_vectors(folder, key, most):
         raise InputError(f"{folder}: found no record with {key!r}, expected --label KEY, a key of the records such as "
                          f"{', '.join(would) or 'department'}")
     draw = np.random.default_rng(SEED)
-    places = sorted(place for own in found.values() for place in draw.permutation(own)[:most].tolist())
-    label_of = {place: label for label, own in found.items() for place in own}
+    places, labels = zip(*sorted((place, label) for label, own in found.items()
+                                 for place in draw.permutation(own)[:most].tolist()))
     try:
         with safe_open(folder / "vectors.safetensors", framework="numpy") as file:
-            vectors = file.get_tensor("vectors")[places]
+            vectors = file.get_tensor("vectors")[list(places)]
     except (SafetensorError, IndexError) as error:
         raise InputError(f"{folder}/vectors.safetensors: not the vectors of the records ({error})") from None
-    return vectors, [label_of[place] for place in places]
+    return vectors, list(labels)
 
 # ----- input and output ----------------------------------------------------------------------------------------------
 
@@ -492,7 +413,7 @@ def kind_of(path):
     keys = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
     if "step" in keys and ("loss" in keys or "val_loss" in keys):
         return "run", path
-    if any(score_keys(row) for row in rows if isinstance(row, dict)):
+    if any(scores_of(row) for row in rows if isinstance(row, dict)):
         return "scores", path
     if rows and isinstance(rows[0], InputError):
         raise InputError(f"{rows[0]}; {EXPECTED}")
@@ -502,9 +423,9 @@ def kind_of(path):
 def draw(*paths, out=None, label=None, most=1000):
     """Draws what `paths` hold and returns the files written, [Path]; several files of scores are one picture.
 
-    `out` names the PNG; an evaluation's pictures add -cost, -gain and -accuracy to it. By default plot-*.png stands in
-    the run's or evaluation's folder, beside the data file, and beside an index (a foreign file in its folder would keep
-    retrieve.py from replacing it). `label`: the key of an index's records; `most`: vectors a label.
+    `out` names the PNG; an evaluation's pictures add -arms and -gain to it. By default plot-*.png stands in the run's
+    or evaluation's folder, beside the data file, and beside an index's folder: retrieve.py replaces no folder that
+    holds a foreign file. `label`: the key of an index's records; `most`: vectors a label.
     """
     if out is not None and Path(out).suffix != ".png":
         raise InputError(f"--out {out}: expected a name that ends in .png")
@@ -516,7 +437,7 @@ def draw(*paths, out=None, label=None, most=1000):
     if scored:
         pictures.append((scored[0].parent / "plot-scores.png", partial(draw_scores, scores=read_scores(scored))))
     for kind, path in kinds:
-        pictures += pictures_of(kind, path, label, most)
+        pictures += pictures_of(kind, path, label, most) if kind != "scores" else []
     if out is not None:
         several = len(pictures) > 1
         pictures = [(Path(out).with_stem(Path(out).stem + target.stem.removeprefix("plot") * several), fill)
@@ -531,25 +452,20 @@ def draw(*paths, out=None, label=None, most=1000):
 
 
 def pictures_of(kind, path, label, most):
-    """[(the file to write, a function that draws on a figure)] of one input, which is read here."""
+    """[(the file to write, a function that draws on a figure)] of a run, an evaluation or an index, read here."""
     if kind == "run":
         name = path.resolve().parent.name if path.name == "metrics.jsonl" else path.stem
         return [(path.parent / "plot-run.png", partial(draw_run, rows=read_run(path), name=name))]
     name = path.resolve().name
     if kind == "evaluation":
         summary, rows = read_evaluation(path)
-        pictures = [(path / "plot-cost.png", partial(draw_cost, summary=summary, name=name))]
+        pictures = [(path / "plot-arms.png", partial(draw_arms, summary=summary, name=name))]
         if gains_of(summary, rows):
             pictures.append((path / "plot-gain.png", partial(draw_gain, summary=summary, rows=rows, name=name)))
-        if any(is_number(row.get("accuracy")) for row in summary["arms"].values()):
-            pictures.append((path / "plot-accuracy.png", partial(draw_accuracy, summary=summary, name=name)))
         return pictures
-    if kind == "vectors":
-        vectors, labels = read_vectors(path, label, most)
-        points = in_the_plane(vectors)
-        return [(path.resolve().parent / f"plot-{name}.png",
-                 partial(draw_vectors, points=points, labels=labels, name=name, key=label))]
-    return []
+    vectors, labels = read_vectors(path, label, most)
+    fill = partial(draw_vectors, points=in_the_plane(vectors), labels=labels, name=name, key=label)
+    return [(path.resolve().parent / f"plot-{name}.png", fill)]
 
 
 def main(argv=None):

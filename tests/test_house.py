@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "retrieve": {"encoder"},
     "ttt": {"generate", "data", "retrieve", "snapshot"},
     "stats": set(),
-    "plot": {"files"},
+    "plot": {"report"},
     "benchmarks": {"rows"},
     "leaks": {"retrieve"},
     "arms": {"benchmarks", "leaks"},
