@@ -21,7 +21,7 @@ from itertools import islice
 
 from files import InputError, read_data, read_json
 from messages import names_in
-from rows import keys_of, messages_of, squeezed
+from rows import keys_of, messages_of, shorten, squeezed
 
 LETTERS = string.ascii_uppercase[:20]  # A to T: "The answer is (X)" in the prompt itself can name no option
 DECISIONS = {"A": "yes", "B": "no", "C": "maybe"}
@@ -108,8 +108,7 @@ def gold_of(row, options, names=("answer_idx", "answer_index", "answer")):
 
 def shown(value):
     """A value for a message, cut to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+    return shorten(repr(value), 60)
 
 # ----- a row ---------------------------------------------------------------------------------------------------------
 

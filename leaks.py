@@ -7,15 +7,15 @@
     similarity(a, b) = min(|A ∩ B| / |A ∪ B|, difflib's ratio of their words in order)
     A, B = the words of a and b without "the", "of", "what", …, in the singular and in American spelling
 
-13-grams are GPT-3's rule (arXiv 2005.14165, appendix C): lower case, no punctuation. Of a text of 8 to 12 words the
-whole must be shared; a shorter one never matches by this rule. The same 13 words may be boilerplate: the evidence is
-kept, and a report names the runs that are shared most often.
+13-grams are GPT-3's rule (arXiv 2005.14165, appendix C): lower case, no punctuation. A text of 8 to 12 words matches
+only as a whole, and a shorter one never. The shared words may be boilerplate: each hit keeps them as its evidence, and
+the report names the runs that are shared most often.
 
 The characters of two questions do not tell whether they are the same: "… symptoms of spastic paraplegia 16" and "… 18"
-agree in 98 % of them. Therefore the similarity counts words: in a question of fewer than 19, one more or one other
-word is another question, as is a typing error; a long question is found by its 13-grams too. The cosine tells little
-more: of MedQuAD's pairs above 0.9 by all-MiniLM-L6-v2 most name two diseases, up to 0.988. SAME_COSINE lies above
-that, and so finds the same words in another order or spelling. Paraphrases, at 0.87 to 0.95, it does not find.
+agree in 98 % of them. Therefore the similarity counts words: in a question of fewer than 19, one word more or one
+typing error makes another question; a long question is found by its 13-grams too. The cosine tells little more: of
+MedQuAD's pairs above 0.9 by all-MiniLM-L6-v2 most name two diseases, up to 0.988. SAME_COSINE lies above that: it finds
+the same words in another order or spelling, but not paraphrases, which lie at 0.87 to 0.95.
 
     python evaluate.py leaks --train data/sft.jsonl index/traces --benchmark medqa.jsonl --out leaks.jsonl
 """
@@ -25,18 +25,18 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict
 from difflib import SequenceMatcher
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from files import InputError, hold, read_data, read_json, written_aside
 from retrieve import FORMAT
-from rows import messages_of, note_bad_row, question_of, texts_in, try_to
+from rows import messages_of, note_bad_row, question_of, shorten, texts_in, try_to
 
-RUN, SHORTEST = 13, 8  # words of a shared run; of a text that is shared as a whole
+RUN, SHORTEST = 13, 8  # words of a shared run; of a text that may be shared as a whole
+BLOCK = (RUN + 1) // 2  # words by which a run is looked up, see Scanner
 SAME, SAME_COSINE = 0.95, 0.99  # at least; the cosine is for all-MiniLM-L6-v2
 MASKED = {"strict": ("page", "13-gram", "question"), "same-page": ("13-gram", "question"), "off": ()}
 # not "no", "except" or "causes", which change the question
@@ -44,7 +44,6 @@ FUNCTION_WORDS = frozenset(("a", "an", "the", "of", "in", "for", "to", "is", "ar
 LETTER_A = re.compile(r"(?<=\w )A\b(?![.):])")  # hepatitis A: neither an article nor the first of the options
 IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # Chinese and Japanese have no spaces: a character is a word
 WORD = re.compile(f"[{IDEOGRAPHS}]|[^\\W_{IDEOGRAPHS}]+")
-POWERS = np.array([pow(0x9E3779B97F4A7C15, i, 1 << 64) for i in range(RUN)], np.uint64)  # of an odd number
 DROPPED = re.compile("['\u2019\u02bc\u0300-\u036f]")  # apostrophes, and the accents that NFKD takes off their letters
 
 # ----- two texts -----------------------------------------------------------------------------------------------------
@@ -55,24 +54,9 @@ def words(text):
     return WORD.findall(DROPPED.sub("", unicodedata.normalize("NFKD", text).casefold()))
 
 
-def grams(words, n=RUN):
-    """The set of all runs of `n` words, as tuples."""
-    return set(zip(*(words[i:] for i in range(n))))
-
-
-def shared_run(text, other):
-    """The first 13 words in a row of `text` that `other` has too, or None. A `text` of 8 to 12 words counts whole."""
-    text = words(text)
-    return first_shared(text, lambda n: grams(words(other), n))
-
-
-def first_shared(text, grams_of):
-    """`shared_run` for a text as words; grams_of(n) is the set of runs of n words of the other text."""
-    n = min(RUN, len(text))
-    if n < SHORTEST:
-        return None
-    others = grams_of(n)
-    return next((" ".join(run) for run in zip(*(text[i:] for i in range(n))) if run in others), None)
+def grams(words, n):
+    """Every run of `n` words in a row, as tuples, in order."""
+    return zip(*(words[i:] for i in range(n)))
 
 
 def content(text):
@@ -82,16 +66,14 @@ def content(text):
             for word in words(LETTER_A.sub("letterA", text)) if word not in FUNCTION_WORDS]
 
 
-def same_question(a, b):
-    """The similarity of two questions, 0 to 1. They are the same from SAME; below it the value is an upper bound."""
-    return similarity(content(a), content(b))
-
-
 def similarity(a, b):
-    """`same_question` for the two lists of `content`."""
+    """The similarity of two questions, given as their `content`: 0 to 1, the same question from SAME on.
+
+    Below SAME the value is an upper bound, because the order of the words, which can only lower it, is not looked at.
+    """
     shared, union = len({*a} & {*b}), len({*a} | {*b})
     overlap = shared / union if union else 0.0
-    if overlap < SAME:  # the order of the words can only lower it
+    if overlap < SAME:
         return overlap
     return min(overlap, SequenceMatcher(None, *sorted((a, b)), autojunk=False).ratio())  # sorted: it is not symmetric
 
@@ -114,15 +96,15 @@ class Evaluated(NamedTuple):
 
     @classmethod
     def read(cls, question):
-        """From an object with text, answer, page and maybe options, as benchmarks.Question; None is an empty text."""
-        text, options = question.text or "", getattr(question, "options", None) or {}
-        options = options if isinstance(options, dict) else {chr(65 + i): option for i, option in enumerate(options)}
-        lists = [f"{text} {' '.join(options.values())}",
-                 f"{text} {' '.join(f'{letter}. {option}' for letter, option in options.items())}"] if options else []
+        """From a benchmarks.Question."""
+        text, options, forms = question.text, question.options, [question.text]
+        if options:
+            forms += [f"{text} {' '.join(options.values())}",
+                      f"{text} {' '.join(f'{letter}. {option}' for letter, option in options.items())}"]
         # interned: the same words come in thousands of questions
-        once = [[*map(sys.intern, found)] for found in
-                (words(question.answer or ""), words(text), *map(content, (text, *lists)))]
-        return cls(page_of(question.page), *once[:2], once[2:])
+        answer, text, *forms = [[*map(sys.intern, found)] for found in
+                                (words(question.answer), words(text), *map(content, forms))]
+        return cls(page_of(question.page), answer, text, forms)
 
 
 class Record:
@@ -131,39 +113,40 @@ class Record:
     def __init__(self, row, field="instruction"):
         """InputError for a row that neither the trainers nor an index of `field` can read."""
         fault, messages = try_to(messages_of, row, "")
-        asked = [] if fault else [message["content"] for message in messages if message["role"] == "user"]
-        if fault or field != "instruction":
+        asked = [message["content"] for message in messages or () if message["role"] == "user"]
+        if fault or field != "instruction":  # a record of an index needs no answer
             asked.append(question_of(row, field))
         texts = [*asked, *(message["content"] for message in messages or () if message["role"] != "user")]
         if row.get("rejected"):  # DPO trains on it too
             texts += texts_in(row["rejected"])
-        self.page, self.asked = page_of(row.get("url")), asked
-        self.words = [words(text) for text in texts]
-        self.sets = {}
+        self.page, self.asked, self.contents = page_of(row.get("url")), asked, [*map(content, asked)]
+        self.words, self.runs = [*map(words, texts)], {}
 
-    @cached_property
-    def contents(self):
-        return [content(text) for text in self.asked]
+    def shared_run(self, text):
+        """The first 13 words in a row of `text` (a list of words) that one text of the record has too, or None.
 
-    def grams(self, n):
-        """The runs of n words of all texts; none goes over the end of a text."""
-        if n not in self.sets:
-            self.sets[n] = set().union(*(grams(text, n) for text in self.words))
-        return self.sets[n]
+        A `text` of 8 to 12 words counts as a whole, a shorter one never.
+        """
+        n = min(RUN, len(text))
+        if n < SHORTEST:
+            return None
+        if n not in self.runs:
+            self.runs[n] = set().union(*(grams(own, n) for own in self.words))
+        return next((" ".join(run) for run in grams(text, n) if run in self.runs[n]), None)
 
 
 def reasons(evaluated, record, cosine=None):
     """Yields (rule, evidence) for each rule by which a Record gives an Evaluated away."""
     if evaluated.page and evaluated.page == record.page:
         yield "page", evaluated.page
-    if run := first_shared(evaluated.answer, record.grams):
+    if run := record.shared_run(evaluated.answer):
         yield "13-gram", run
     pairs = [(similarity(form, asked), text) for asked, text in zip(record.contents, record.asked)
              for form in evaluated.forms]
     score, text = max(pairs, default=(0.0, ""))
     if score >= SAME:
-        yield "question", f"similarity {score:.3f}: {' '.join(text.split())[:300]}"
-    elif run := first_shared(evaluated.text, record.grams):
+        yield "question", f"similarity {score:.3f}: {shorten(text, 300)}"
+    elif run := record.shared_run(evaluated.text):
         yield "question", f"quoted: {run}"
     elif cosine is not None and cosine >= SAME_COSINE:
         yield "question", f"cosine {cosine:.3f}"
@@ -172,9 +155,9 @@ def reasons(evaluated, record, cosine=None):
 def reason_to_mask(question, record, *, rule="strict", cosine=None, field="instruction"):
     """(rule, evidence) if a record is not to be used for an evaluated question, else None.
 
-    `question` has text, answer and page (benchmarks.Question), `record` is a row as in Index.records. rule: "strict"
-    masks by page, 13-gram and question; "same-page" allows the page; "off" masks nothing. `cosine` is that of the two
-    questions' vectors, where the caller has them; `field` is the index's. InputError for another rule.
+    `question` is a benchmarks.Question, `record` a row as in Index.records. rule: "strict" masks by page, 13-gram and
+    question; "same-page" allows the page; "off" masks nothing. `cosine` is that of the two questions' vectors, where
+    the caller has them; `field` is the index's. InputError for another rule, and for a record without a question.
     """
     if rule not in MASKED:
         raise InputError(f"found rule {rule!r}; expected one of {', '.join(MASKED)}")
@@ -189,14 +172,15 @@ def reason_to_mask(question, record, *, rule="strict", cosine=None, field="instr
 class Scanner:
     """`reasons` for every evaluated question at once: tables of the questions, through which the records stream.
 
-    A question is compared with a record only if they share a page, the hash of a run of words, or one of the rarest
-    words of both. Two sets of words with an overlap of at least 0.95 agree in one of the first n // 20 + 1 of their n
-    words, in any order that both follow (prefix filtering, Chaudhuri et al., ICDE 2006); the rarest come first here.
+    A question is compared with a record only if they share a page, a block of 7 words or one of the rarest words of
+    both. The blocks of a text lie end to end, the last one at its end: 13 words in a row hold one of them whole. Two
+    sets of words with an overlap of at least 0.95 agree in one of the first n // 20 + 1 of their n words, in any order
+    that both follow (prefix filtering, Chaudhuri et al., ICDE 2006); the rarest come first here.
     """
 
     def __init__(self, questions):
         self.questions = [Evaluated.read(question) for question in questions]
-        self.pages, self.rare, runs, wholes = defaultdict(list), defaultdict(list), [], []
+        self.pages, self.blocks, self.rare = defaultdict(list), defaultdict(list), defaultdict(list)
         self.counts = Counter(word for one in self.questions for form in one.forms for word in {*form})
         for number, one in enumerate(self.questions):
             if one.page:
@@ -204,11 +188,9 @@ class Scanner:
             for word in {word for form in one.forms for word in self.rarest(form)}:
                 self.rare[word].append(number)
             for text in (one.answer, one.text):
-                if len(text) >= RUN:
-                    runs.append((number, run_hashes(word_hashes(text), RUN)))
-                elif len(text) >= SHORTEST:  # by its end: many questions begin alike
-                    wholes.append((number, run_hashes(word_hashes(text), SHORTEST)[-1:]))
-        self.tables = {RUN: table_of(runs), SHORTEST: table_of(wholes)}
+                if len(text) >= SHORTEST:
+                    for end in range(len(text), BLOCK - 1, -BLOCK):  # from the end: many questions begin alike
+                        self.blocks[tuple(text[end - BLOCK:end])].append(number)
 
     def rarest(self, form):
         """The words of a question by which it is found."""
@@ -222,39 +204,10 @@ class Scanner:
         for form in record.contents:
             for word in self.rarest(form):
                 near.update(self.rare.get(word, ()))
-        for text in map(word_hashes, record.words):
-            for n, table in self.tables.items():
-                near.update(look_up(table, run_hashes(text, n)))
+        for text in record.words:
+            for block in grams(text, BLOCK):
+                near.update(self.blocks.get(block, ()))
         return [(number, *reason) for number in sorted(near) for reason in reasons(self.questions[number], record)]
-
-
-def word_hashes(words):
-    """uint64 [N]: the same for equal words within this process."""
-    return np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
-
-
-def run_hashes(hashes, n):
-    """uint64 [N] of words -> uint64 [N − n + 1]: a hash of every run of n words, a sum of powers modulo 2^64."""
-    return np.correlate(hashes, POWERS[:n], "valid") if len(hashes) >= n else hashes[:0]
-
-
-def table_of(runs):
-    """[(number, hashes), …] -> (all hashes, sorted; the number that each belongs to; which upper 24 bits occur)."""
-    keys = np.concatenate([np.empty(0, np.uint64), *(hashes for _, hashes in runs)])
-    owners = np.repeat(np.array([number for number, _ in runs], np.int64), [len(hashes) for _, hashes in runs])
-    order, seen = np.argsort(keys, kind="stable"), np.zeros(1 << 24, bool)
-    seen[keys >> np.uint64(40)] = True
-    return keys[order], owners[order], seen
-
-
-def look_up(table, hashes):
-    """The numbers to which a table has one of the hashes. Nearly all rows end at the first lines."""
-    keys, owners, seen = table
-    hashes = hashes[seen[hashes >> np.uint64(40)]]
-    if not len(hashes):
-        return ()
-    begins, ends = (np.searchsorted(keys, hashes, side).tolist() for side in ("left", "right"))
-    return {number for begin, end in zip(begins, ends) for number in owners[begin:end].tolist()}
 
 # ----- files ---------------------------------------------------------------------------------------------------------
 
@@ -271,25 +224,24 @@ def read_rows(path):
         yield where, row, field
 
 
-def scan(paths, questions, counts, *, on_bad_row="skip", progress=False):
+def scan(paths, questions, counts):
     """Yields {"benchmark": where, "train": where, "rule": …, "evidence": …} for all that data files and index folders
     share with benchmark questions, one for each rule that holds.
 
-    `counts` is a dict: {"rows": 0, "bad": 0, "faults": []} is filled in, with the messages of the first five bad rows.
-    With on_bad_row "stop" the first bad row raises its InputError.
+    Fills the dict `counts`: "rows" and, of them, "bad" ones, which are passed over; "faults", the messages of the first
+    five of these.
     """
     counts |= {"rows": 0, "bad": 0, "faults": []}
     scanner = Scanner(questions)
-    with tqdm(desc="rows", unit="row", disable=None if progress else True, file=sys.stderr) as bar:
+    with tqdm(desc="rows", unit="row", disable=None, file=sys.stderr) as bar:
         for path in paths:
             for where, row, field in read_rows(path):
                 counts["rows"] += 1
                 bar.update()
-                error, hits = row, ()
-                if not isinstance(row, InputError):
-                    error, hits = try_to(lambda row, field=field: scanner.hits(row, field), row, where)
+                error, hits = (row, ()) if isinstance(row, InputError) else try_to(
+                    partial(scanner.hits, field=field), row, where)
                 if error:
-                    note_bad_row(error, on_bad_row, counts, counts["faults"])
+                    note_bad_row(error, "skip", counts, counts["faults"])
                 for number, rule, evidence in hits or ():
                     yield {"benchmark": questions[number].where, "train": where, "rule": rule, "evidence": evidence}
 
@@ -334,22 +286,17 @@ def show(summary):
               + ", ".join(f"{rule} {found[rule]:,}" for rule in rules))
     for rule in rules:
         for hit in summary["examples"].get(rule, ()):
-            print(f"  {rule}: {hit['benchmark']} in {hit['train']}: {printable(hit['evidence'])}")
+            print(f"  {rule}: {hit['benchmark']} in {hit['train']}: {shorten(hit['evidence'], 160)}")
     if summary["runs"]:
         print("runs of words shared most often (boilerplate, if many):")
         for run, count in summary["runs"]:
-            print(f"  {count:,} times: {printable(run)}")
-
-
-def printable(text):
-    """The beginning of a text, without what moves a terminal's cursor."""
-    return "".join(char for char in text if char.isprintable())[:160]
+            print(f"  {count:,} times: {shorten(run, 160)}")
 
 
 def leaks_command(args, questions):
     """`evaluate.py leaks`: args.train, args.out (or None) and args.json; the questions are those of args.benchmark."""
-    counts, out = {}, None
-    found = scan(args.train, questions, counts, progress=True)
+    counts = {}
+    found = scan(args.train, questions, counts)
     if args.out:
         hold(args.out)
         with written_aside(args.out) as aside, open(aside, "w", encoding="utf-8") as out:

@@ -40,7 +40,7 @@ from files import (
     written_aside,
 )
 from parallel import from_all, interleaved_on_rank_0, start, stop
-from rows import messages_of, question_of, try_to
+from rows import messages_of, question_of, shorten, try_to
 from tokenizer import check_unicode
 from weights import write_safetensors
 
@@ -292,8 +292,7 @@ def search_command(args):
         print(json.dumps({"query": args.query, "results": results}, ensure_ascii=False))
         return
     for score, i in found:
-        question = " ".join(question_of(index.records[i], index.manifest["field"]).split())
-        print(f"{score:.4f} {i:>7}  {''.join(char for char in question if char.isprintable()):.160}")
+        print(f"{score:.4f} {i:>7}  {shorten(question_of(index.records[i], index.manifest['field']), 160)}")
 
 
 def main(argv=None):

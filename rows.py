@@ -144,6 +144,12 @@ def squeezed(text):
     return " ".join(text.split())
 
 
+def shorten(text, length=100):
+    """A text on one line, at most `length` characters of it, without those that move a terminal's cursor."""
+    text = "".join(char for char in squeezed(text) if char.isprintable())
+    return text if len(text) <= length else text[:length - 1] + "…"
+
+
 def texts_in(value):
     """Every text and number in a value, in nested lists and dicts too, as strings."""
     if isinstance(value, dict):

@@ -55,7 +55,7 @@ from model import LlamaConfig, load_model
 from parallel import pick_device
 from retrieve import Index
 from rounding import slices, stochastic_rounder
-from rows import lone_question, messages_of, question_of
+from rows import lone_question, messages_of, question_of, shorten
 from snapshot import Snapshot, place_for_snapshot, put_back, remove_hooks
 from tokenizer import Tokenizer, check_unicode, notice_of, stream_text
 from weights import DTYPES, stop_ids_of, weights_sha256
@@ -500,11 +500,6 @@ def answer_one(answerer, question, as_json, history=()):
           f"generate {t['generate_s']:.1f} s ({t['tokens_per_s']:.0f} tokens/s), restore {t['restore_s']:.2f} s"
           f"{'; weights restored bit for bit' if result['ttt']['applied'] else ''}\n{DISCLAIMER}")
     return result
-
-
-def shorten(text, length=100):
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[:length - 1] + "…"
 
 
 def chat(answerer, as_json):

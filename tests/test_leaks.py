@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from conftest import held_elsewhere, write_json, write_jsonl
 
@@ -22,9 +21,8 @@ from leaks import (
     reason_to_mask,
     reasons,
     report,
-    same_question,
     scan,
-    shared_run,
+    similarity,
     words,
 )
 from retrieve import FORMAT
@@ -40,6 +38,13 @@ def question(text="Why?", answer="", page=None, options=None, where="bench.jsonl
 def row(instruction="How?", response="So.", **others):
     return {"instruction": instruction, "response": response, **others}
 
+
+def shared_run(text, other):
+    return Record(row(response=other)).shared_run(words(text))
+
+
+def same_question(a, b):
+    return similarity(content(a), content(b))
 
 # ----- words and runs ------------------------------------------------------------------------------------------------
 
@@ -218,7 +223,6 @@ def test_a_question_with_its_options_is_the_same_question():
     for text in ("Which drug lowers uric acid?", "Which drug lowers uric acid? Allopurinol, Aspirin, Atenolol",
                  "Which drug lowers uric acid?\nA. Allopurinol\nB. Aspirin\nC. Atenolol"):
         assert reason_to_mask(asked, row(text)), text
-        assert reason_to_mask(question(asked.text, options=[*asked.options.values()]), row(text))
     asked.text = "Uric acid is lowered by"  # no mark between it and an A that is no letter of its own
     for between in (" ", "\n"):
         assert reason_to_mask(asked, row(f"{asked.text}{between}A. Allopurinol{between}B. Aspirin{between}C. Atenolol"))
@@ -302,15 +306,20 @@ def test_a_question_is_found_with_its_options():
         assert [hit[1] for hit in scanner.hits(row(text))] == ["question"]
 
 
-def test_equal_hashes_alone_are_no_hit(monkeypatch):
-    monkeypatch.setattr(leaks, "word_hashes", lambda words: np.zeros(len(words), np.uint64))
-    scanner = Scanner([question(answer=" ".join(ANSWER)), question(answer=" ".join(ANSWER[:9]))])
-    assert scanner.hits(row(response=" ".join(reversed(ANSWER)))) == []
-    assert [hit[:2] for hit in scanner.hits(row(response=" ".join(ANSWER)))] == [(0, "13-gram"), (1, "13-gram")]
+@pytest.mark.parametrize("length", [8, 9, 12, 13, 14, 20])
+def test_a_run_is_found_wherever_it_begins_and_a_shorter_one_is_no_hit(length):
+    answer, n = ANSWER[:length], min(length, 13)
+    scanner = Scanner([question(answer=" ".join(answer))])
+    for start in range(length - n + 1):
+        run = answer[start:start + n]
+        for around in range(8):
+            other = ["before"] * around
+            assert [hit[:2] for hit in scanner.hits(row(response=" ".join(other + run + other)))] == [(0, "13-gram")]
+            assert scanner.hits(row(response=" ".join(other + run[:-1] + other))) == []
 
 
 def test_nothing_to_compare_with_finds_nothing():
-    assert Scanner([]).hits(row()) == [] and Scanner([question(None, None)]).hits(row("x", "…")) == []
+    assert Scanner([]).hits(row()) == [] and Scanner([question("", "")]).hits(row("x", "…")) == []
 
 # ----- files ---------------------------------------------------------------------------------------------------------
 
@@ -346,8 +355,6 @@ def test_bad_rows_are_counted_and_said_or_stop(tmp_path):
     assert len(list(scan([path], [question("Gout?")], counts))) == 1
     assert (counts["rows"], counts["bad"], len(counts["faults"])) == (8, 7, 5)
     assert counts["faults"][1].startswith(f"{path}:2: found no text under ")
-    with pytest.raises(InputError, match=r"a.jsonl:1: "):
-        list(scan([path], [question("Gout?")], {}, on_bad_row="stop"))
 
 
 def test_a_folder_that_is_no_index_is_refused(tmp_path):
