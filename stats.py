@@ -1,7 +1,8 @@
 """Statistics of evaluation results: intervals, tests, and the smallest effect that a run could have seen.
 
-Questions come in groups (several about one page), and those of a group are right or wrong together: counted one by one
-they promise more than they know. Here the groups are the sample (Miller, arXiv 2411.00640, sections 2.2, 4.2 and 5).
+Questions come in groups, such as several about one page, and those of a group tend to be right or wrong together.
+Taken as independent they give intervals that are too narrow; here the groups are the sample (Miller, arXiv 2411.00640,
+sections 2.2, 4.2 and 5).
 
     mean  = sum of x / n                                           n questions in G groups
     E_g   = sum of (x - mean) over group g;  m_g = its size
@@ -10,12 +11,14 @@ they promise more than they know. Here the groups are the sample (Miller, arXiv 
     mean ± q · se,  q = the 95 % quantile of |t*|                  symmetric bootstrap-t
 
 Sources: Cameron, Gelbach & Miller 2008 (pairs cluster bootstrap-t), Hall 1988 (symmetric intervals). The percentile
-bootstrap finds a difference between equal arms in 9 % of runs where a few pages hold most questions, this one in 6 %
+bootstrap finds a difference between equal arms in 9 % of runs where a few pages hold most questions, bootstrap-t in 6 %
 (`pytest --heavy -s tests/test_stats.py -k equal_arms` or `-k percentile`).
 
-Two arms that are right or wrong on independent questions: `mcnemar`; on questions of shared pages, and for losses and
-scores: `paired`. One arm's accuracy: `wilson`, or `mean_interval` where questions share a page. Several comparisons:
-`holm`. Few questions got worse: `worse_share`.
+    two arms, right or wrong on independent questions    mcnemar
+    two arms, questions share pages, or losses, scores   paired
+    one arm's accuracy; where questions share pages      wilson; mean_interval
+    several comparisons                                  holm
+    how many questions got worse                         worse_share
 
 Numbers in, plain floats and dicts out; the same seed gives the same result. Wrong input is a ValueError in one line.
 """
@@ -25,7 +28,7 @@ from statistics import NormalDist
 import numpy as np
 
 DRAWN_AT_ONCE = 1 << 16  # groups: half a megabyte, which stays in the cache
-SMALLEST_SE = 1 / 3  # of the sample's; see `radii`
+SMALLEST_SE = 1 / 3  # of the sample's; see `deviations`
 
 # ----- counts: right or wrong ----------------------------------------------------------------------------------------
 
@@ -46,8 +49,8 @@ def wilson(successes, n, level=0.95):
 def mcnemar(b, c):
     """The exact two-sided p of b against c discordant questions: only arm A was right on b, only arm B on c.
 
-    The questions are taken as independent: where whole pages favour one arm it finds a difference between equal arms in
-    11 % of runs; there use `paired`. 1.0 when b + c = 0. McNemar 1947, with the binomial of b + c and 1/2.
+    It takes the questions as independent. Where whole pages favour one arm it finds a difference between equal arms in
+    11 % of runs: use `paired` there. 1.0 when b + c = 0. McNemar 1947, with the binomial of b + c and 1/2.
     """
     b, c = whole(b, "b"), whole(c, "c")
     term = total = 1
@@ -60,14 +63,14 @@ def mcnemar(b, c):
 def worse_share(differences, threshold, level=0.95):
     """The share of questions made worse by more than `threshold`: their difference (B - A) is under -threshold.
 
-    Higher is better: hand the negated differences of losses. {"share", "count", "upper"}; `upper` is the one-sided
-    bound of Clopper & Pearson 1934, the share at which so few would be seen in 5 % of runs; 0 of n: 1 - 0.05**(1/n).
+    Higher is better; of losses, pass A - B. Returns {"share", "count", "upper"}: `upper` is the one-sided bound of
+    Clopper & Pearson 1934, the true share at which 5 % of runs see so few or fewer; 1 - 0.05**(1/n) for 0 of n.
     """
     differences = finite(differences, "differences")
     if not threshold >= 0:
         raise ValueError(f"threshold: {threshold}, expected at least 0")
     n, count = len(differences), int((differences < -threshold).sum())
-    upper = 1.0 if count == n else bisect(lambda share: tail(level) - binomial_cdf(count, n, share), 0.0, 1.0)
+    upper = 1.0 if count == n else root(lambda share: tail(level) - binomial_cdf(count, n, share), 0.0, 1.0)
     return {"share": count / n, "count": count, "upper": upper}
 
 
@@ -88,21 +91,21 @@ def paired(a, b, groups, *, level=0.95, draws=10_000, seed=0):
     a, b: one number a question [n]; groups: one hashable label a question [n]. Returns {"difference", "low", "high",
     "p", "se", "n", "clusters"}: p < 1 - level exactly when the interval excludes 0. p is two-sided and at least
     1 / (draws + 1). Where all differences are equal the interval has no width. One group says nothing about other
-    groups: the interval is (-inf, inf), se inf and p 1. Equal arms have differences that are symmetric about 0; where a
-    few large ones balance many small ones, and few groups hold most questions, it finds too much.
+    groups: the interval is (-inf, inf), se inf and p 1. The test takes differences of equal arms as symmetric about 0:
+    where a few large ones balance many small ones, and few groups hold most questions, it rejects too often.
     """
     difference, sums, sizes = residuals(paired_differences(a, b), groups)
-    r = radii(sums, sizes, draws, seed)
-    half = quantile_of_radii(r, level)
+    drawn = deviations(sums, sizes, draws, seed)
+    half = half_width(drawn, level)
     return {"difference": difference, "low": difference - half, "high": difference + half,
-            "p": (1 + int((r >= abs(difference)).sum())) / (draws + 1), "se": clustered_se(sums, sizes),
+            "p": (1 + int((drawn >= abs(difference)).sum())) / (draws + 1), "se": clustered_se(sums, sizes),
             "n": int(sizes.sum()), "clusters": len(sizes)}
 
 
 def mean_interval(x, groups, *, level=0.95, draws=10_000, seed=0):
     """The mean of one arm: {"mean", "low", "high", "se", "n", "clusters"}, all as in `paired`."""
     mean, sums, sizes = residuals(finite(x, "x"), groups)
-    half = quantile_of_radii(radii(sums, sizes, draws, seed), level)
+    half = half_width(deviations(sums, sizes, draws, seed), level)
     return {"mean": mean, "low": mean - half, "high": mean + half, "se": clustered_se(sums, sizes),
             "n": int(sizes.sum()), "clusters": len(sizes)}
 
@@ -114,7 +117,7 @@ def residuals(x, groups):
         raise ValueError(f"groups: {len(groups)} labels, expected one for each of {len(x)} questions")
     places = {}
     place = [places.setdefault(group, len(places)) for group in groups]
-    mean = float(np.clip(x.mean(), x.min(), x.max()))  # equal numbers: their mean may round beside them
+    mean = float(np.clip(x.mean(), x.min(), x.max()))  # the mean of equal numbers may round to another
     return mean, np.bincount(place, weights=x - mean), np.bincount(place)
 
 
@@ -126,11 +129,11 @@ def clustered_se(sums, sizes):
     return math.sqrt(clusters / (clusters - 1) * float(sums @ sums)) / int(sizes.sum())
 
 
-def radii(sums, sizes, draws, seed):
-    """|t*| · se of each draw, ascending [draws]: how far off the mean a sample like this one may be.
+def deviations(sums, sizes, draws, seed):
+    """|t*| · se of each draw, ascending [draws]: how far the mean of such a sample may lie from the true one.
 
-    A draw of nearly equal groups has an se* near 0 and an endless t*, as where 3 of 300 questions differ and a draw
-    meets none of them: se* is at least a third of se. Where the groups are many the floor is never met.
+    A draw of nearly equal groups has an se* near 0 and so a boundless t*: when 3 of 300 questions differ, many draws
+    hold none of them. Therefore se* counts as at least a third of se, which many groups never come near.
     """
     clusters, se = len(sizes), clustered_se(sums, sizes)
     if clusters == 1 or se == 0:
@@ -152,22 +155,23 @@ def radii(sums, sizes, draws, seed):
     return np.sort(t * se * (1 + 1e-12))  # differences of -1, 0, 1 tie: a tie counts as far off, however it rounds
 
 
-def quantile_of_radii(radii, level):
-    """The least of the ascending radii that exactly those differences exceed whose p is under 1 - level."""
-    draws = len(radii)
-    below = int((np.arange(1, draws + 1) / (draws + 1) < tail(level)).sum())  # 1 + the most radii that p may count
+def half_width(deviations, level):
+    """The half-width of the interval, from the ascending deviations: a difference is larger exactly when its p is under
+    1 - level. ValueError if the draws are too few for the level."""
+    draws = len(deviations)
+    below = int((np.arange(1, draws + 1) / (draws + 1) < tail(level)).sum())  # 1 + how many p may count
     if below == 0:
         raise ValueError(f"draws: {draws}, too few for the level {level}")
-    return float(radii[draws - below])
+    return float(deviations[draws - below])
 
 
 # ----- several comparisons -------------------------------------------------------------------------------------------
 
 
 def holm(p_values):
-    """Adjusted p-values in the order given: at most 5 % of runs have any false one under 0.05. Holm 1979.
+    """Adjusted p-values, in the order given: at most 5 % of runs have a false one under 0.05 among them. Holm 1979.
 
-    The i-th smallest of m (i = 0, 1, …) is multiplied by m - i; none is under a smaller one's, none over 1.
+    The i-th smallest of m (i = 0, 1, …) is multiplied by m - i, then raised to the largest before it; at most 1.
     """
     p = np.asarray(p_values, float)
     if not ((p >= 0) & (p <= 1)).all():
@@ -198,8 +202,8 @@ def smallest_accuracy_effect(discordant_share, n, power=0.8, alpha=0.05):
     """The smallest true difference of two accuracies that `mcnemar` finds on n questions with probability `power`.
 
     (z_{1 - alpha/2} + z_power) · sqrt(discordant_share / n): on 300 questions of which 20 % are discordant, 7 points.
-    The exact test rejects a little less often than the normal law says: 77 to 80 % here. inf where even the largest
-    possible difference, the discordant share itself, is smaller. Miettinen 1968, without its small last term.
+    The exact test rejects a little less often than this normal approximation says, with 77 to 80 % here. inf where the
+    effect would exceed the discordant share, the largest difference possible. Miettinen 1968, without its last term.
     """
     if not (0 <= discordant_share <= 1 and n > 0):
         raise ValueError(f"a discordant share of {discordant_share} of {n} questions, expected 0 to 1 of at least 1")
@@ -229,11 +233,11 @@ def student_quantile(p, freedom):
     high = 1.0
     while student_cdf(high, freedom) < p:
         high *= 2
-    return bisect(lambda t: student_cdf(t, freedom) - p, 0.0, high)
+    return root(lambda t: student_cdf(t, freedom) - p, 0.0, high)
 
 
-def bisect(function, low, high):
-    """Where an increasing function passes 0 between `low` and `high`, to the last bit."""
+def root(function, low, high):
+    """Where an increasing function passes 0 between `low` and `high`, by bisection to the last bit."""
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if function(middle) < 0 else (low, middle)
     return high
@@ -247,14 +251,14 @@ def tail(level):
 
 
 def whole(count, name, most=math.inf):
-    """A count as an int, which has no largest value."""
+    """A count, 0 to `most`, as Python's int, which does not overflow; ValueError otherwise."""
     if not (count % 1 == 0 and 0 <= count <= most):
         raise ValueError(f"{name}: {count}, expected a whole number from 0 to {most}")
     return int(count)
 
 
 def finite(x, name):
-    """A non-empty list of finite numbers as a float64 array [n]."""
+    """A non-empty list of finite numbers as a float64 array [n]; ValueError otherwise."""
     x = np.asarray(x, float)
     if x.ndim != 1 or len(x) == 0:
         raise ValueError(f"{name}: shape {x.shape}, expected one number for each of at least one question")

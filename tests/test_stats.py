@@ -145,11 +145,11 @@ def test_the_interval_is_a_bootstrap_t_of_the_groups(sparse):
     b = a + rng.standard_normal(22) * 0.4 + 0.15
     if sparse:  # many draws meet nothing but zeros: their se* is held up
         a, b = np.zeros(22), np.eye(22)[3] + np.eye(22)[8]
-    mean, se, radii = bootstrap_t(b - a, groups, 399, 8)
+    mean, se, deviations = bootstrap_t(b - a, groups, 399, 8)
     result = S.paired(a, b, groups, level=0.9, draws=399, seed=8)
-    half = radii[399 - 39]  # 39 radii or fewer may lie as far out as a difference whose p is under 40/400
+    half = deviations[399 - 39]  # 39 deviations or fewer may be as large as a difference whose p is under 40/400
     wanted = {"difference": mean, "low": mean - half, "high": mean + half, "se": se, "n": 22, "clusters": 9,
-              "p": (1 + sum(radius >= abs(mean) * (1 - 1e-9) for radius in radii)) / 400}
+              "p": (1 + sum(one >= abs(mean) * (1 - 1e-9) for one in deviations)) / 400}
     assert result == pytest.approx(wanted, rel=1e-9)
     assert 0.0025 < result["p"] < 1
     assert result != S.paired(a, b, groups, level=0.9, draws=399, seed=9)
@@ -173,16 +173,16 @@ def test_p_is_under_5_percent_exactly_when_the_interval_excludes_0():
 
 def test_p_on_the_very_edge_does_not_exclude_0():
     for draws, level in ((199, 0.95), (999, 0.95), (99, 0.9), (1399, 0.95)):
-        radii = np.arange(1.0, draws + 1)
-        half = S.quantile_of_radii(radii, level)
-        p_at, p_above = ((1 + (radii >= d).sum()) / (draws + 1) for d in (half, half + 0.5))
+        deviations = np.arange(1.0, draws + 1)
+        half = S.half_width(deviations, level)
+        p_at, p_above = ((1 + (deviations >= d).sum()) / (draws + 1) for d in (half, half + 0.5))
         assert p_at == round(1 - level, 12) > p_above
 
 
 @pytest.mark.parametrize("d", [[-1, 1, 1, 1, 0], [1, 1, 0, 1, -1, 1, 0, -1, 1], [1, 0, 1, 0, 1, -1]])
 def test_a_draw_just_as_far_off_counts_however_it_rounds(d):
-    mean, _, radii = bootstrap_t(d, range(len(d)), 499, 0)
-    p = (1 + sum(radius >= abs(mean) * (1 - 1e-9) for radius in radii)) / 500
+    mean, _, deviations = bootstrap_t(d, range(len(d)), 499, 0)
+    p = (1 + sum(one >= abs(mean) * (1 - 1e-9) for one in deviations)) / 500
     assert S.paired([0] * len(d), d, range(len(d)), draws=499)["p"] == p
 
 
