@@ -7,8 +7,8 @@ r"""Benchmark files read in the shapes they are released in; the prompts made of
     choice     {"question": …, "options": {…} or […] or opa, opb, …, "answer_idx": "B" or 1}
     sft        any row for SFT of one question and one answer (see rows.py)
 
-An answer counts if the output says "the answer is (B)" after its thought: the last such statement decides, and a
-doubtful one is no answer. `flattering` gives the letters that laxer scorers would have counted, to show the difference.
+An answer counts if the output says "the answer is (B)" after its thought. The last such statement decides; one that
+names two letters is no answer. `flattering` gives the letters that laxer scorers would have counted, for comparison.
 
     python evaluate.py --help
 """
@@ -17,6 +17,7 @@ import string
 import sys
 import unicodedata
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from files import InputError, read_data, read_json
@@ -35,9 +36,9 @@ class Question:
     options: dict  # {"A": text, …} in order; {} for a row of "sft"
     gold: str | None  # the letter of the right option
     answer: str  # the reference: the right option's text, or the row's response
-    group: str  # rows of one group are not independent: the value of the cluster key, else the row's number
-    page: str | None  # the row's "url": rows of one page share their content
-    kind: str | None  # reported apart: MedMCQA's choice_type, MMLU-Pro's category
+    group: str  # questions of one group are not independent: the value of the cluster key, else the row's number
+    page: str | None  # the row's "url": questions of one page share its content
+    kind: str | None  # accuracy is reported for each: MedMCQA's choice_type, MMLU-Pro's category
 
 # ----- parts of a row ------------------------------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ def options_of(row, *, may_repeat=False):
     """{"A": text, …} of a row's options: a dict by letter, a list, or texts under opa, opb, …
 
     null and "N/A", with which MMLU-Pro fills up ten places, count as absent. InputError unless they are 2 to 20 texts
-    under A, B, C, … without a gap, of which none is empty or, without `may_repeat`, equals another.
+    under A, B, C, … without a gap; for an empty text; and, without `may_repeat`, for two equal ones.
     """
     value = row.get("options")
     if value is None:
@@ -82,10 +83,10 @@ def repeats(options):
 
 
 def gold_of(row, options, names=("answer_idx", "answer_index", "answer")):
-    """The letter of the right option; InputError if `names` give none, one that is no option, or more than one.
+    """The letter of the right option; InputError if the keys `names` give none, one that is no option, or several.
 
-    A text is a letter, a number counts from 0, and "answer" may also be the text of an option: "A" is then a letter or
-    a blood group, and another key must say which.
+    A value is a letter or a number that counts from 0. "answer" may also be the text of an option: if "A" is a letter
+    and also the text of another option, a blood group, another key must say which is meant.
     """
     found = names_in(row, names)
     if not found:
@@ -114,7 +115,8 @@ def shown(value):
 
 
 def medqa(row):
-    """(text, options, gold, answer, kind) of a row of MedQA, with four options or five; so the other readers."""
+    """(text, options, gold, answer, kind) of a row of MedQA, with four or five options. The other readers return the
+    same five, and raise InputError for a row of another shape."""
     options = options_of(row)
     gold = gold_of(row, options)
     return text_under(row, "question"), options, gold, options[gold], None
@@ -131,8 +133,8 @@ def choice(row):
 
 
 def medmcqa(row, first):
-    """A row of MedMCQA, whose cop counts from `first`. "multi" marks questions that weigh several facts: still one
-    option is right. Options that repeat each other are released so, and left as they are."""
+    """A row of MedMCQA, whose cop counts from `first`. A question of the kind "multi" weighs several facts, but one
+    option is right. Some rows were released with two equal options, and are read as they are."""
     options = options_of(row, may_repeat=True)
     cop, kind = row.get("cop"), row.get("choice_type")
     if type(cop) is not int or not first <= cop < first + 4 or len(options) != 4:
@@ -170,25 +172,25 @@ SHAPES = {"medqa": medqa, "medmcqa": medmcqa, "pubmedqa": pubmedqa, "mmlu-pro": 
 
 
 def read_benchmark(name, path, *, cluster=None, limit=None):
-    """The questions of a benchmark file, in its order: all, or the first `limit`; a key of SHAPES names its shape.
+    """[Question] of a benchmark file, in its order: all, or the first `limit`. `name`, a key of SHAPES, is its shape.
 
     .jsonl, .jsonl.gz, a JSON array or parquet (files.read_data); for pubmedqa one JSON object. Rows with the same value
     under the key `cluster` form a group. InputError names the place of the first wrong row.
     """
     if name not in SHAPES:
         raise InputError(f"found the benchmark {name!r}; expected {', '.join(SHAPES)}")
-    rows, settings, questions = read_data(path), (), []
+    rows, read, questions = read_data(path), SHAPES[name], []
     if name == "pubmedqa":
         rows = ((i, f"{path}: {pmid}", row) for i, (pmid, row) in enumerate(read_json(path).items(), 1))
     elif name == "medmcqa":
-        settings = (first_cop(path),)
+        read = partial(medmcqa, first=first_cop(path))
     for number, where, row in islice(rows, limit):
         if isinstance(row, InputError):
             raise row
         try:
             if not isinstance(row, dict):
                 raise InputError(f"found {type(row).__name__}, expected a JSON object")
-            text, options, gold, answer, kind = SHAPES[name](row, *settings)
+            text, options, gold, answer, kind = read(row)
             group = str(number) if cluster is None else group_of(row, cluster)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
@@ -214,9 +216,10 @@ def group_of(row, cluster):
 
 
 def first_cop(path):
-    """Whether MedMCQA's cop counts from 0 or from 1, from the whole file, as copies differ; a line on stderr says so.
+    """0 or 1: where MedMCQA's cop begins to count, which differs between copies; a line on stderr says which it is.
 
-    A 0 shows the one and a 4 the other. InputError if neither is there, or both are.
+    The whole file decides: a cop of 0 shows that it counts from 0, one of 4 that it counts from 1. InputError if
+    neither is there, or both are.
     """
     cops = {row["cop"] for _, _, row in read_data(path) if isinstance(row, dict) and type(row.get("cop")) is int}
     if not cops:
@@ -254,15 +257,14 @@ def choice_prompt(question, style):
 def continuations(question, style, by):
     """The text to score after the prompt for each option, in order: its letter (`by` "letter") or its text ("text").
 
-    After a raw prompt it begins with the one space that joins prompt and continuation into one string; as a chat
-    model's turn it begins at once.
+    After a "raw" prompt it begins with the space that joins the two; in a chat model's turn it begins at once.
     """
-    space = {"raw": " ", "chat": "", "chat-letter": ""}[style]
+    space = " " if style == "raw" else ""
     return [space + {"letter": letter, "text": text}[by] for letter, text in question.options.items()]
 
 # ----- answers -------------------------------------------------------------------------------------------------------
 
-# A thought with its end, or, if it was cut off, to the end of the text. HuatuoGPT-o1 has the second pair of headings.
+# A thought up to its end, or to the end of a text that was cut off. HuatuoGPT-o1 has the second headings of each pair.
 THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)"
                      r"|## (?:Thought|Thinking)\b(.*?)(?:## (?:Summarization|Final Response)\b|\Z)", re.DOTALL)
 THOUGHT_ENDS = re.compile(r"</think>|## (?:Summarization|Final Response)\b")
@@ -270,30 +272,35 @@ THOUGHT_ENDS = re.compile(r"</think>|## (?:Summarization|Final Response)\b")
 # Marks around a letter: brackets, quotes, Markdown's * and _, LaTeX's $, \( and \boxed{.
 OPENING = r"""(?:[\s(\[{*_$"“'‘`]|\\(?:boxed|text|textbf|mathbf|mathrm|[(\[]))*"""
 CLOSING = r"""(?:[\s)\]}*_$"”'’`]|\\[)\]])*"""
-# "answer is" or "answer:", then a letter … (no two repeats side by side may match the same text: that takes n² steps)
+# "answer is" or "answer:", then a letter … No two repeats side by side may match the same text: that takes n² steps.
 STATEMENT = re.compile(
     r"""\b(?i:answer)["”*_`]*\s*(?:(?i:is)\b(?:\s*[:=–—-])?|:)""" + OPENING
     + rf"(?:(?i:option|choice|letter|either|both|between|neither)\b{OPENING})?" + r"(?P<letter>[A-Ta-t])(?![^\W_])")
-# … that ends here. After a bare letter no word may follow: "a fever", "B cell", "E. coli", "D-dimer".
-ENDS = (rf"(?!{CLOSING}\?)" r"""(?:[)\]}*_$"”`,;:!/&]|\\[)\]]|['’](?!\w)|\s+[)\]}]|(?<=[A-T])\s*\(|"""
-        r"""\.(?!\d|[ \t]*[a-z])|\s*[–—]|\s+-\s|[ \t]*(?:\n|\Z)|\s+(?i:because|since|as)\b)""")
+# … that ends here. No word may follow a bare letter: "a fever", "B cell", "E. coli", "D-dimer".
+ENDS = rf"(?!{CLOSING}\?)(?:" + "|".join((
+    r"""[)\]}*_$"”`,;:!/&]|\\[)\]]|['’](?!\w)|\s+[)\]}]""",  # a closing mark; no apostrophe
+    r"(?<=[A-T])\s*\(",  # B (metformin)
+    r"\.(?!\d|[ \t]*[a-z])",  # a full stop
+    r"\s*[–—]|\s+-\s",  # a dash
+    r"[ \t]*(?:\n|\Z)",  # the line's end
+    r"\s+(?i:because|since|as)\b")) + ")"
 LETTER_ENDS = re.compile(ENDS)
-# "(A) or (B)", "A, C", "A-C": the statement names more than one. "(B), I think" and "(B) - A condition" do not.
+# "(A) or (B)", "A, C", "A-C" name more than one; "(B), I think" and "(B) - A condition" do not.
 MORE = re.compile(rf"{CLOSING}(?:(?:[,/&–—-]|(?i:and|or|nor|to|through)\b){OPENING}(?P<marked>[A-Ta-t]){ENDS}"
                   rf"|(?i:and|or|nor)\b{OPENING}(?P<bare>[A-HJ-T])(?!\w))")
-# "I do not think the correct", "if the", "the wrong" before "answer is": nothing is stated.
+# "I do not think the correct", "if the", "the wrong": before "answer is" they mean that nothing is stated.
 NOT_STATED = re.compile(
     r"(?:(?:\b(?:not|cannot|never|doubt|if|whether|unless)|n['’]t)(?:\s+(?:be|think|believe|say|mean|sure|certain|clear|"
     r"true|that|if|whether))*(?:\s+the)?(?:\s+(?:single|correct|right|best|final|most|likely|appropriate))*"
     r"|\b(?:wrong|incorrect|worst))[\s*_]+\Z", re.IGNORECASE)
-LONE = re.compile(r"\b([A-T])(?=[).:*]|\s*\Z)")  # "(B)", "B.", "B": no statement, but laxer scorers take it
+LONE = re.compile(r"\b([A-T])(?=[).:*]|\s*\Z)")  # "(B)", "B." or "B" alone, which laxer scorers take for a statement
 
 
 def split_thought(text):
     """(thought, answer) of an output; (None, text) without a thought, and answer "" if its thought was cut off.
 
-    A thought stands under "## Thought" up to "## Summarization", or in <think> … </think>; its beginning may be
-    missing, because some templates write it into the prompt. Text in front of it belongs to neither.
+    A thought stands between "## Thought" and "## Summarization", or in <think> … </think>. The opening mark may be
+    missing, because some templates write it into the prompt. Text in front of the mark belongs to neither.
     """
     end = THOUGHT_ENDS.search(text)
     if end and not THOUGHT.search(text, 0, end.start()):
@@ -307,10 +314,8 @@ def split_thought(text):
 
 
 def statements(text, letters):
-    """The letter of each "the answer is (B)" in `text`, in order; None for one outside `letters` or beside another.
-
-    A statement that is denied, asked or supposed is left out.
-    """
+    """Yields the letter of each "the answer is (B)" in `text`, in order; None for one that is not in `letters`, and for
+    a statement that names two. A statement that is denied, asked or supposed is left out."""
     text = unicodedata.normalize("NFKC", text)  # "（Ｂ）：" becomes "(B):"
     for found in STATEMENT.finditer(text):
         if NOT_STATED.search(text, max(0, found.start() - 100), found.start()):
@@ -325,8 +330,8 @@ def statements(text, letters):
 def extracted(text, letters):
     """The letter that an output gives as its answer, or None: the last statement after the thought decides.
 
-    `letters` are those of the options: "ABCD", or the options themselves. An output without a statement is no answer,
-    however clear it seems, so that every model is held to the same form; None counts as wrong.
+    `letters` are those of the options: "ABCD", or the options themselves. None counts as wrong: an output without a
+    statement is no answer, however clear it seems, so that every model is held to the same form.
     """
     return [None, *statements(split_thought(text)[1], letters)][-1]
 
