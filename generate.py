@@ -126,44 +126,44 @@ def sample_rows(logits, generators, temperature, top_p, top_k, min_p):
 
 def generate_batch(model, prompts, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, top_k=0, min_p=0.0,
                    stop_ids=(), seed=0):
-    """[prompt ids, …] -> [new ids, …], each as `generate` would give it: ends with a stop id, at max_new_tokens or when
-    the context is full.
+    """[prompt ids, …] -> [new ids, …], each as `generate` would give it: up to a stop id, max_new_tokens or the end of
+    the context.
 
-    Every text draws from a generator of its own with the same `seed`, so its tokens do not depend on those beside it;
-    in bf16 rounding does, and a near tie may go the other way. The cache takes (number of prompts) × (longest prompt +
-    max_new_tokens) places. InputError names a prompt that is empty or does not fit the context.
+    Every text draws from its own generator with the same `seed`, so its tokens do not depend on the texts beside it;
+    but in bf16 the batch's size changes the rounding, which may turn a near tie. The cache takes (number of prompts) ×
+    (longest prompt + max_new_tokens) places. InputError names a prompt that is empty or does not fit the context.
 
-    The prompts are read one by one into the end of their rows of the cache, so that all rows go on at the same place:
+    The prompts are read one by one, each into the end of its row of the cache, so that all rows go on at one place:
 
-        cache     . . p p p n n      p prompt, n new; the first two places of this row are its padding, never seen
+        cache     . . p p p n n      p prompt, n new; the first two places of this row are its padding, always hidden
+
+    A text that has ended stays in the batch, and its tokens are dropped, until half of the texts have ended.
     """
     most = [min(max_new_tokens, room(model, ids, f"prompt {i}")) for i, ids in enumerate(prompts)]
-    new, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows: the prompts still in the batch
+    new, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows: the texts in the batch
     if not prompts or max_new_tokens < 1:
         return new
     device, longest = model.norm.weight.device, max(map(len, prompts))
     pads, generators = [longest - len(ids) for ids in prompts], [seeded(seed, device) for _ in prompts]
-    cache = KVCache(model, longest + max(most) - 1, len(prompts))
-
-    def ended(row):
-        return len(new[row]) == most[row] or new[row][-1] in stop_ids
-
+    cache, unfinished = KVCache(model, longest + max(most) - 1, len(prompts)), set(rows)
     with torch.inference_mode():
         first = []
         for i, ids in enumerate(prompts):
             end_of_row = part(cache, slice(i, i + 1), pads[i])
             first.append(model(torch.tensor([ids], device=device), cache=end_of_row, last_only=True)[:, -1])
-            cache.kv[:, :, i, :, :pads[i]] = 0  # p = 0 there, and 0 times the NaN that fresh memory may hold is NaN
+            cache.kv[:, :, i, :, :pads[i]] = 0  # hidden, but 0 times the NaN that fresh memory may hold is NaN
         logits, cache.length, step = torch.cat(first), longest, None
         while True:
             tokens = sample_rows(logits, generators, temperature, top_p, top_k, min_p)
             for row, token in zip(rows, tokens):
-                if not new[row] or not ended(row):
+                if row in unfinished:
                     new[row].append(token)
-            going = [i for i, row in enumerate(rows) if not ended(row)]
-            if not going:
+                    if token in stop_ids or len(new[row]) == most[row]:
+                        unfinished.remove(row)
+            if not unfinished:
                 return new
-            if 2 * len(going) <= len(rows):  # fewer: each change copies rows, and is recorded anew on a GPU
+            if 2 * len(unfinished) <= len(rows):  # not sooner: a change copies rows, and is recorded anew on a GPU
+                going = [i for i, row in enumerate(rows) if row in unfinished]
                 for i, j in enumerate(going):
                     cache.kv[:, :, i, :, :cache.length] = cache.kv[:, :, j, :, :cache.length]
                 rows, pads, generators, tokens = ([x[i] for i in going] for x in (rows, pads, generators, tokens))
@@ -174,16 +174,17 @@ def generate_batch(model, prompts, *, max_new_tokens=2048, temperature=0.7, top_
 
 
 def part(cache, rows, start):
-    """The KVCache that is the `rows` of `cache` from the place `start` on: the same memory."""
-    of = copy.copy(cache)
-    of.kv = cache.kv[:, :, rows, :, start:]
-    of.k, of.v = of.kv.unbind(1)
-    of.length = max(0, cache.length - start)
-    return of
+    """The `rows` of a KVCache from the place `start` on, as a KVCache on the same memory."""
+    view = copy.copy(cache)
+    view.kv = cache.kv[:, :, rows, :, start:]
+    view.k, view.v = view.kv.unbind(1)
+    view.length = max(0, cache.length - start)
+    return view
 
 
 def step_of(model, cache, pads):
-    """A function [a token of each text in `cache`] -> their logits, by the fastest way there is here."""
+    """A function [a token of each text in `cache`] -> their logits, [B, V] or, of one text, [V]: the fastest for this
+    device and this number of texts. `pads` as in `one_token_forward`."""
     if cache.kv.is_cuda:
         return recorded_decoder(model, cache, pads)
     if len(pads) == 1:
@@ -264,17 +265,17 @@ RECORDING = threading.Lock()  # a process records one graph at a time
 
 
 def recorded_decoder(model, cache, pads=(0,)):
-    """`decoder` for a GPU, to which a token of a small model is a thousand kernels, each shorter than its launch.
+    """`decoder` for a GPU, where a token of a small model takes a thousand kernels, each shorter than its launch.
 
-    They are recorded once, as a CUDA graph, and replayed for each token, on the same memory: so the token and its place
-    are tensors, attention goes over all places of the cache, those not yet filled hidden, and the logits are written
-    over by the next step. Recording takes as long as a few tokens. The weights are those of the model: a step sees
-    changes made in place. Call it as it was made, without gradients or in inference mode. For a batch, `pads` as in
-    `one_token_forward`, it takes a list, a token of each text, and gives [B, V].
+    They are recorded once, as a CUDA graph, and replayed for each token on the same memory. Therefore the token and its
+    place are tensors, attention goes over all places of the cache, of which those not yet filled are hidden, and a step
+    overwrites the logits of the one before. Recording takes as long as a few tokens. The weights are those of the
+    model: a step sees changes made in place. Make it and call it both without gradients, or both in inference mode.
+    With the `pads` of a batch, see `one_token_forward`, a step takes a list, a token of each text, and gives [B, V].
     """
     forward, ids, place = one_token_forward(model, cache, pads)
     device, graph = ids.device, torch.cuda.CUDAGraph()
-    cache.kv[..., cache.length:, :] = 0  # p = 0 there, and 0 times the NaN that may lie in fresh memory is NaN
+    cache.kv[..., cache.length:, :] = 0  # hidden, but 0 times the NaN that fresh memory may hold is NaN
     for _ in range(2):  # the set-up of a first call cannot be recorded
         forward()
     # "thread_local": work that other threads give the GPU meanwhile is not recorded and does no harm
@@ -303,17 +304,18 @@ def recording_stream(device):
 
 
 def one_token_forward(model, cache, pads=(0,)):
-    """(a function -> logits [B, V], ids [B, 1], place [1]): the plain forward of a token of each text, all of them at
-    `place`, the same kernels on the same memory wherever that is. The first `pads[b]` places of text b are hidden.
+    """(forward, ids [B, 1], place [1]): forward(end) is the plain forward of the tokens `ids`, one of each text, at
+    `place`, which all texts share; it gives logits [B, V]. The first `pads[b]` places of text b are hidden.
 
-    The function takes the number of places to look at, by default all.
+    Write ids and place, then call forward: it runs the same kernels on the same memory whatever they hold. `end` is the
+    number of places that attention goes over, by default all of the cache's.
     """
     device = model.norm.weight.device
     ids = torch.zeros(len(pads), 1, dtype=torch.int64, device=device)
     place = torch.full((1,), cache.length, device=device)
     pads = torch.tensor(pads, device=device)[:, None]
 
-    def layer(i, end):
+    def layer(i, end):  # as KVCache.layer, but the place is a tensor
         def extend(k, v):
             return [x[i].index_copy_(2, place, new.to(x.dtype))[:, :, :end].to(new.dtype)
                     for x, new in ((cache.k, k), (cache.v, v))]
