@@ -30,11 +30,23 @@ FLUSHED = "test_files.py::test_all_of_it_is_flushed_before_the_rename_and_the_re
 TTT_FLAGS = "test_ttt.py::test_the_steps_are_taken_nearest_first_and_as_the_flags_say"
 SCRAPS = "test_files.py::test_scraps_of_the_killed_are_cleared_whatever_their_name_and_those_of_the_living_stay"
 LOCKLESS = "test_files.py::test_without_locks_scraps_stay_and_writing_goes_on"
+BATCH = "test_generate.py::test_a_batch_gives_the_tokens_of_each_alone"
 HASHED_ONCE = "test_checkpoints.py::test_a_rank_hashes_its_own_file_and_each_file_is_hashed_once"
 LOGITS = "test_model.py::test_logits_equal_transformers_on_tiny_models"
 
 # {file: [(old line, new line, the test that must fail), …]}; lines without their indentation
 MUTANTS = {
+    "generate.py": [
+        ("hidden.masked_fill_(((places > place) | (places < pads))[:, None, None], -math.inf)",
+         "hidden.masked_fill_((places > place)[None, None, None], -math.inf)", BATCH),
+        ("cache.kv[:, :, i, :, :cache.length] = cache.kv[:, :, j, :, :cache.length]", "pass", BATCH),
+        ("return model(ids, positions=place - pads, attend=functools.partial(attend, hidden), cache=as_cache)[:, -1]",
+         "return model(ids, positions=place, attend=functools.partial(attend, hidden), cache=as_cache)[:, -1]",
+         BATCH),
+        ("pads, generators = [longest - len(ids) for ids in prompts], [seeded(seed, device) for _ in prompts]",
+         "pads, generators = [longest - len(ids) for ids in prompts], [seeded(seed, device)] * len(prompts)",
+         "test_generate.py::test_a_text_is_drawn_as_alone_whatever_is_beside_it"),
+    ],
     "train.py": [
         ("round_(rounded, exact)", "rounded.copy_(exact)",
          "test_train.py::test_the_weights_of_a_step_are_its_masters_stochastically_rounded"),
