@@ -114,8 +114,55 @@ def test_less_is_better_of_bits_and_worse_of_margins(measure, difference, verdic
                   "low": difference - 0.05, "high": difference + 0.05, "smallest_effect": 0.1,
                   "worse": {"count": 1, "upper": 0.4}}
     assert f"; {verdict}; the run could have seen 0.1000;" in report.sentence(measure, comparison)
-    comparison |= {"low": -0.2, "high": 0.2}
+    comparison |= {"p": 0.06}
     assert "; no difference was shown;" in report.sentence(measure, comparison)
+
+
+def test_a_verdict_is_that_of_the_corrected_p():
+    comparison = {"arm": "a", "against": "b", "primary": False, "difference": 0.2, "p": 0.03, "p_holm": 0.2, "n": 9,
+                  "low": 0.1, "high": 0.3, "smallest_effect": 0.1, "worse": {"count": 1, "upper": 0.4}}
+    assert "p = 0.2 by Holm); no difference was shown;" in report.sentence("loglik", comparison)
+    assert "p = 0.04 by Holm); better;" in report.sentence("loglik", comparison | {"p_holm": 0.04})
+
+
+def test_two_arms_are_compared_once():
+    assert report.pairs_of({"nearest": 4, "context": 4}) == [("nearest", "context")]
+    assert report.pairs_of({"nearest": 4, "context": 4}, ("context", "nearest")) == [("context", "nearest")]
+    assert report.pairs_of({"none": 4, "random": 4}, ("none", "random")) == [("none", "random")]
+
+
+def test_answers_that_were_cut_elsewhere_are_not_compared():
+    rows = [{"number": i, "group": str(i), **bpb(1.0)[0]} for i in range(3)]
+    others = [*rows[:2], rows[2] | {"bytes": 2}]
+    with pytest.raises(InputError, match=r"b and a: found question \(and bytes of its answer\) \(2, 2\) and \(2, 1\)"):
+        report.compared("bpb", others, rows, ("b", "a"), True)
+    with pytest.raises(InputError, match="2 and 3; expected the same"):
+        report.compared("bpb", rows[:2], rows, ("b", "a"), True)
+
+
+def test_records_are_counted_once_and_questions_without_a_step_are_shown(tmp_path, capsys):
+    def with_records(left_out, **more):
+        return [row | {"masked": {"page": 2}, "left_out": left_out, **more} for row in bpb(1.0, 1.0)]
+    folder = write_run(tmp_path / "run", "bpb", {
+        "nearest": with_records(1, applied=False), "context:k=2": with_records(1),
+        "random": with_records(0, applied=True)}, {"nearest": 4, "context:k=2": 2, "random": 4})
+    found = report.summarise(folder)
+    assert found["records"] == {"masked": {"page": 8}, "left_out": 2}
+    assert [arm.get("not_adapted") for arm in found["arms"].values()] == [2, None, 0]
+    report.show(found)
+    out = capsys.readouterr().out
+    assert "nearest: 2 of 2 questions were answered without a step" in out and out.count("without a step") == 1
+
+
+def test_the_folder_of_something_else_and_a_run_stopped_between_questions_are_refused(tmp_path):
+    folder = write_run(tmp_path / "run", "bpb", {"none": bpb(1.0, 1.0)}, {"none": 4})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"questions": 3}))
+    with pytest.raises(InputError, match="not every question has a result of every arm"):
+        report.summarise(folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"config.json: found no arms; expected the folder of an evaluation"):
+        report.results_of(folder)
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path):
