@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import say
+from conftest import said, say, tiny_sentencepiece, tiny_vocabulary
 
-from arms import Arm, Evaluation, arm_of, cut_record, example_of, prompt_of, ranked, records_for
+from arms import Arm, Evaluation, arm_of, cut_record, example_of, prompt_of, ranked, records_for, records_of_kinds
 from benchmarks import Question
 from chat import render_chat
 from tokenizer import Tokenizer
@@ -135,6 +135,25 @@ def test_a_record_without_an_answer_or_too_long_is_left_out_and_none_follows(ten
     assert [i for i, *_ in found] == [5] and notes["left_out"] == 2
 
 
+def test_a_record_whose_last_answer_is_not_to_be_trained_is_left_out(ten):
+    talk = [*say("One?", "First.", "Two?"), said("assistant", "Wrong. " * 200) | {"weight": 0}]
+    ten.index.records[3] = {"messages": talk}
+    found, notes = records_for(ten, question(), TOWARDS, "nearest", 2)
+    assert [i for i, *_ in found] == [4] and notes["left_out"] == 1
+
+
+def test_as_many_records_are_nearest_as_random(ten):
+    del ten.index.records[3]["response"]
+    asked = question(next(n for n in range(1, 99) if 3 not in [
+        i for i, _ in ranked(ten, question(n), TOWARDS, "random")][:3]))
+    found = records_of_kinds(ten, asked, TOWARDS, {"nearest", "random"}, 3)
+    assert [len(records) for records, _ in found.values()] == [2, 2]
+    assert [i for i, *_ in found["nearest"][0]] == [4, 5] and found["nearest"][1]["left_out"] == 1
+    assert found["random"][0] == records_for(ten, asked, TOWARDS, "random", 3)[0][:2]
+    assert found["random"][1]["left_out"] == 1
+    assert records_of_kinds(ten, asked, TOWARDS, set(), 0) == {}
+
+
 def test_a_cut_record_keeps_its_question_and_ends_where_its_tokens_do(tokenizer):
     messages, was_cut = cut_record(tokenizer, record(0, words=200), 100)
     whole = record(0, words=200)
@@ -155,6 +174,21 @@ def test_only_the_last_answer_is_trained_and_a_cut_one_without_its_end(tokenizer
         ids, labels = example_of(run, messages, was_cut)
         assert tokenizer.decode([label for label in labels if label != -100]) == trained
         assert tokenizer.decode(ids).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?")
+
+
+def test_a_cut_answer_of_llama_2_is_trained_without_the_space_at_its_end(tmp_path):
+    run = evaluation(Tokenizer.from_dir(tiny_sentencepiece(tmp_path / "it")), [], np.zeros((0, 2)))
+    for was_cut, trained in ((False, "a fever </s>"), (True, "a fever")):
+        _, labels = example_of(run, say("What?", "a fever"), was_cut)
+        assert run.tokenizer.decode([label for label in labels if label != -100]) == trained
+
+
+@pytest.mark.parametrize("template, bos", [("llama3", "<|begin_of_text|>"), ("llama2", "<s>")])
+def test_a_raw_prompt_of_llama_begins_with_its_bos(tmp_path, template, bos):
+    folder = tiny_sentencepiece(tmp_path / "it") if template == "llama2" else tiny_vocabulary(tmp_path / "it", template)
+    run = evaluation(Tokenizer.from_dir(folder), [], np.zeros((0, 2)), measure="loglik", prompt="raw")
+    ids = prompt_of(run, question(options={"A": "honey", "B": "salt"}, gold="A"))
+    assert run.tokenizer.decode(ids).startswith(f"{bos}Question: What helps") and ids.count(ids[0]) == 1
 
 
 def test_a_records_own_system_message_gives_way_to_the_questions(tokenizer):
