@@ -212,7 +212,7 @@ def sentence(measure, c):
     unit, better = ENDPOINTS[measure][1:]
     words = f"{c['arm']} − {c['against']}: {c['difference']:+.4f} {unit} ({interval(c, '+.4f')}, "
     words += f"p = {c['p']:.3g}, the primary comparison)" if c["primary"] else f"p = {c['p_holm']:.3g} by Holm)"
-    shown = (c["p"] if c["primary"] else c["p_holm"]) < 0.05  # the interval is not corrected for several comparisons
+    shown = (c["p"] if c["primary"] else c["p_holm"]) < 0.05  # the interval is uncorrected
     verdict = "no difference was shown" if not shown else "better" if c["difference"] * better > 0 else "worse"
     worse = c["worse"]
     words += (f"; {verdict}; the run could have seen {as_text(c['smallest_effect'], '.4f')}; {worse['count']} of "

@@ -118,6 +118,21 @@ def test_masked_records_are_replaced_by_the_next(ten, leaks, taken, masked):
         assert not {i for i, *_ in found} & ({3, 4} - {*taken})
 
 
+def test_a_record_whose_vector_is_the_question_s_is_masked(ten):
+    ten.args.leaks = "strict"
+    ten.index.vectors[3] = 2 * TOWARDS  # of any length
+    found, notes = records_for(ten, question(), TOWARDS, "nearest", 1)
+    assert [i for i, *_ in found] == [4] and notes["masked"] == {"question": 1}
+
+
+def test_what_an_index_of_another_field_asks_is_masked(ten):
+    ten.args.leaks, ten.index.manifest["field"] = "strict", "topic"
+    ten.index.records = [one | {"topic": one["instruction"]} for one in ten.index.records]
+    ten.index.records[3]["topic"] = question().text
+    found, notes = records_for(ten, question(), TOWARDS, "nearest", 1)
+    assert [i for i, *_ in found] == [4] and notes["masked"] == {"question": 1}
+
+
 def test_a_record_that_does_not_fit_is_left_out_of_every_arm(ten):
     """The window holds the question, two of three records and the room for an answer; the farthest goes."""
     found, _ = records_for(ten, question(), TOWARDS, "nearest", 3)
@@ -162,7 +177,8 @@ def test_a_cut_record_keeps_its_question_and_ends_where_its_tokens_do(tokenizer)
     ids, _ = render_chat(tokenizer, messages)
     assert len(ids) in (100, 101, 102)  # with <|im_end|> and a new line
     assert cut_record(tokenizer, whole, 10_000) == (say(whole["instruction"], whole["response"]), False)
-    assert cut_record(tokenizer, record(0, words=200), 30) is None
+    before = len(render_chat(tokenizer, messages[:1], add_generation_prompt=True)[0])
+    assert cut_record(tokenizer, whole, before + 15) is None and cut_record(tokenizer, whole, before + 16)[1]
     emoji = {"instruction": "?", "response": "🤒" * 100}
     assert set(cut_record(tokenizer, emoji, 75)[0][1]["content"]) == {"🤒"}
 
@@ -199,6 +215,9 @@ def test_a_records_own_system_message_gives_way_to_the_questions(tokenizer):
 def test_records_in_the_prompt_are_earlier_turns(ten):
     found, _ = records_for(ten, question(), TOWARDS, "nearest", 2)
     text = ten.tokenizer.decode(prompt_of(ten, question(), arm_of("context:k=2").in_prompt(found)))
+    ten.system = say(system="Be brief.")
+    with_system = ten.tokenizer.decode(prompt_of(ten, question(), found))
+    assert with_system.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
     expected = say(*(text for i in (4, 3) for text in (record(i)["instruction"], record(i)["response"])),
                    question().text)
     assert text == ten.tokenizer.decode(render_chat(ten.tokenizer, expected, add_generation_prompt=True)[0])

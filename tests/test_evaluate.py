@@ -130,14 +130,14 @@ def test_log_likelihoods_are_those_of_transformers(files, base, theirs, tmp_path
 
 def test_bits_per_byte_and_the_records_in_the_prompt_are_those_of_transformers(files, base, theirs, tmp_path):
     rows = run(files, base, tmp_path / "run", "bpb", "--dtype", "fp32", "--cluster", "url", "--arms", "none",
-               "context:k=2")
+               "context:k=1", "context:k=3")
     records = retrieve.Index.load(files / "index").records
     for number, row in enumerate(ROWS, 1):
-        for arm in ("none", "context:k=2"):
+        for arm, k in (("none", 0), ("context:k=1", 1), ("context:k=3", 3)):
             found = rows[number, arm]
             turns = [text for one in reversed(found.get("neighbours", [])) for text in
                      (records[one["id"]]["instruction"], records[one["id"]]["response"])]
-            assert len(turns) == (4 if arm == "context:k=2" else 0)
+            assert len(turns) == 2 * k
             logp = their_logp(theirs, their_prompt(theirs, *turns, row["instruction"]), row["response"])
             assert found["nats"] == pytest.approx(-logp, abs=1e-4) and found["bytes"] == len(row["response"].encode())
             assert found["bpb"] == pytest.approx(-logp / math.log(2) / found["bytes"], rel=1e-6)
