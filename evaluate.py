@@ -200,7 +200,7 @@ def begin_peak(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: VmHWM becomes VmRSS
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: VmHWM becomes VmRSS
 
 
 def peak(device):
