@@ -98,10 +98,12 @@ class Evaluation:
 
 def cut_record(tokenizer, record, most):
     """(messages of an index record, whether its end was cut): the last answer loses what is over `most` tokens of the
-    conversation. None where the other messages leave it less than 16 tokens. A system message is left out: the
-    question's own stands in every arm."""
+    conversation. None where the other messages leave it less than 16 tokens, or where it is not to be trained. A system
+    message is left out: the question's own stands in every arm."""
     messages = [message for message in messages_of(record) if message["role"] != "system"]
     *before, last = messages
+    if not last.get("train", True):
+        return None
     room = most - len(render_chat(tokenizer, before, add_generation_prompt=True)[0])
     ids = tokenizer.encode(last["content"])
     if len(ids) <= room:
@@ -118,9 +120,14 @@ def example_of(run, messages, was_cut):
         *run.system, *({**message, "train": False} if message["role"] == "assistant" else message
                        for message in before), last])
     if was_cut:
-        end = max(i for i, label in enumerate(labels) if label != -100)
+        end = 1 + max(i for i, label in enumerate(labels) if label != -100) - ending(run.tokenizer)
         labels = [*labels[:end], *[-100] * (len(labels) - end)]
     return ids, labels
+
+
+def ending(tokenizer):
+    """How many tokens end an answer: the end of turn and, in Llama 2's template, the space before it."""
+    return 2 if tokenizer.template == "llama2" else 1
 
 
 def ranked(run, question, vector, kind):
@@ -146,7 +153,7 @@ def records_for(run, question, vector, kind, k):
     {"masked": {rule: number}, "left_out": number}).
 
     Masked are records that give the answer away; others follow in their place. Left out of the k are those that do not
-    fit the window, the last first, and those that are too long or have no answer: none follow.
+    fit the window, the last first, and those that are too long or have no answer to train on: none follow.
     """
     found, masked, left_out = [], {}, 0
     for i, score in ranked(run, question, vector, kind):
@@ -171,6 +178,15 @@ def records_for(run, question, vector, kind, k):
     return found, {"masked": masked, "left_out": left_out}
 
 
+def records_of_kinds(run, question, vector, kinds, k):
+    """{kind: `records_for`}, as many records of each kind: what is left out of one is left out, the last, of the other,
+    or nearest − random would be a difference of their number too."""
+    found = {kind: records_for(run, question, vector, kind, k) for kind in sorted(kinds)}
+    fewest = min((len(records) for records, _ in found.values()), default=0)
+    return {kind: (records[:fewest], notes | {"left_out": notes["left_out"] + len(records) - fewest})
+            for kind, (records, notes) in found.items()}
+
+
 def cosine(a, b):
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b) + 1e-12))
 
@@ -184,7 +200,8 @@ def messages_before(run, question, records=()):
 
 
 def prompt_of(run, question, records=()):
-    """The ids after which the answer begins."""
+    """The ids after which the answer begins. Raw text has Llama's BOS in front, as its tokenizer puts it there."""
     if run.args.prompt == "raw":
-        return run.tokenizer.encode(choice_prompt(question, "raw"))
+        bos = {"llama3": ["<|begin_of_text|>"], "llama2": ["<s>"]}.get(run.tokenizer.template, [])
+        return [*(run.tokenizer.special[name] for name in bos), *run.tokenizer.encode(choice_prompt(question, "raw"))]
     return render_chat(run.tokenizer, messages_before(run, question, records), add_generation_prompt=True)[0]

@@ -25,6 +25,7 @@ that was killed goes on where it stopped and ends in the same file), timings.jso
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import sys
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from arms import Evaluation, arm_of, example_of, messages_before, prompt_of, records_for
+from arms import Evaluation, arm_of, ending, example_of, messages_before, prompt_of, records_of_kinds
 from benchmarks import (
     SHAPES,
     choice_prompt,
@@ -66,7 +67,19 @@ from generate import generate_batch
 from leaks import MASKED, leaks_command
 from model import load_model
 from parallel import computed_on_rank_0, from_all, start, stop
-from report import ENDPOINTS, OUR_ROW, accuracy, compared, print_table, results_of, sentence, show, summarise, with_holm
+from report import (
+    ENDPOINTS,
+    OUR_ROW,
+    accuracy,
+    compared,
+    interval,
+    print_table,
+    results_of,
+    sentence,
+    show,
+    summarise,
+    with_holm,
+)
 from retrieve import Index
 from ttt import adapted, default_model, open_tokenizer, system_message
 from weights import DTYPES, stop_ids_of, weights_sha256
@@ -74,24 +87,27 @@ from weights import DTYPES, stop_ids_of, weights_sha256
 # ----- measures ------------------------------------------------------------------------------------------------------
 
 
-def answers_of(run, question, prompt):
+def answers_of(run, question):
     """([text of each answer to be scored], [its ids]): the reference answer cut to --answer-tokens, or every option."""
     if run.args.measure == "bpb":
-        ids = run.tokenizer.encode(question.answer)[:run.args.answer_tokens]
-        texts = [run.tokenizer.decode(ids).rstrip("\ufffd")]
+        ids = run.tokenizer.encode(question.answer.strip())[:run.args.answer_tokens]
+        texts = [run.tokenizer.decode(ids).rstrip("\ufffd").strip()]  # as Llama's templates strip it: no byte is free
+        if not texts[0]:
+            raise InputError(f"{question.where}: its answer has no whole character in {run.args.answer_tokens} tokens; "
+                             "expected a larger --answer-tokens")
     else:
         texts = continuations(question, run.args.prompt, run.args.by)
     if run.args.prompt == "raw":
         return texts, [run.tokenizer.encode(text, after=choice_prompt(question, "raw")) for text in texts]
     before = messages_before(run, question)  # earlier turns change the prompt, not the answer's ids
     start = len(render_chat(run.tokenizer, before, add_generation_prompt=True)[0])
-    return texts, [answer_ids(run.tokenizer, before, text, start)[:-1] for text in texts]  # without the end of turn
+    return texts, [answer_ids(run.tokenizer, before, text, start)[:-ending(run.tokenizer)] for text in texts]
 
 
 @torch.no_grad()
 def scored(run, asked):
     """[(question, prompt ids)] -> [{the measure's fields}]: log-likelihoods of the answers, in one packed pass."""
-    answers = [answers_of(run, question, prompt) for question, prompt in asked]
+    answers = [answers_of(run, question) for question, _ in asked]
     batch = collate_answers([("", *(np.array(ids, np.int32) for ids in (prompt, *ids)))
                              for (_, prompt), (_, ids) in zip(asked, answers)])
     batch = {name: value.to(run.world.device) if isinstance(value, torch.Tensor) else value
@@ -101,7 +117,8 @@ def scored(run, asked):
     for (question, _), (texts, ids) in zip(asked, answers):
         own = [next(logps) for _ in texts]
         if any(not math.isfinite(logp) for logp in own):
-            raise InputError(f"{question.where}: a log-likelihood is not finite; expected sound weights")
+            raise InputError(f"{question.where}: a log-likelihood is not finite; expected sound weights, and a "
+                             "learning rate that leaves them so")
         n_bytes = [len(text.encode()) for text in texts]
         if run.args.measure == "bpb":
             rows.append({"bpb": -own[0] / math.log(2) / n_bytes[0], "nats": -own[0], "bytes": n_bytes[0],
@@ -126,7 +143,7 @@ def choice_row(question, logps, n_bytes):
 def generated(run, asked):
     """[(question, prompt ids)] -> [{the measure's fields}]: what the model writes, and the letter it settles on."""
     args = run.args
-    texts = generate_batch(run.model, [prompt for _, prompt in asked], max_new_tokens=args.max_new_tokens,
+    texts = generate_batch(run.model, [prompt for _, prompt in asked], max_new_tokens=run.room,
                            temperature=args.temperature, top_p=args.top_p, stop_ids=run.stop_ids, seed=args.seed)
     rows = []
     for (question, _), ids in zip(asked, texts):
@@ -146,8 +163,8 @@ def measured(run, questions, arms, vectors):
     k = max((arm.k for arm in arms if arm.train or arm.context), default=0)
     records, notes, rows, timings = {}, {}, {}, []
     for question, vector in zip(questions, vectors):
-        for kind in sorted(kinds):
-            records[question.number, kind], notes[question.number, kind] = records_for(run, question, vector, kind, k)
+        for kind, found in records_of_kinds(run, question, vector, kinds, k).items():
+            records[question.number, kind], notes[question.number, kind] = found
     measure = generated if run.args.measure == "generate" else scored
     for arm in arms:
         begin_peak(run.world.device)
@@ -183,7 +200,7 @@ def begin_peak(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: VmHWM becomes VmRSS
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: VmHWM becomes VmRSS
 
 
 def peak(device):
@@ -198,15 +215,24 @@ def evaluate(args, world):
     questions = read_benchmark(args.benchmark, args.data, cluster=args.cluster, limit=args.limit)
     computed_on_rank_0(world, lambda: hold(out))
     tokenizer, context = open_tokenizer(args.model)
-    run = Evaluation(args, world, tokenizer, context, system_message(args.system),
-                     stop_ids_of(args.model) | {tokenizer.end_of_turn()})
-    if args.answer_tokens is None:
-        args.answer_tokens = min(1024, context // 4) if args.measure == "bpb" else longest_option(run, questions)
+    run = Evaluation(args, world, tokenizer, context, system_message(args.system), set())
+    if args.measure == "generate":
+        run.stop_ids = stop_ids_of(args.model) | {tokenizer.end_of_turn()}
+    elif args.measure == "loglik":
+        args.answer_tokens = longest_option(run, questions)
+    elif args.answer_tokens is None:
+        args.answer_tokens = min(1024, context // 4)
+    prompts = hashlib.sha256(repr(sorted(run.stop_ids)).encode())
     for question in questions:
-        if (n := len(prompt_of(run, question)) + run.room) > context:
+        ids = prompt_of(run, question)
+        prompts.update(repr(ids).encode())
+        if (n := len(ids) + run.room) > context:
             raise InputError(f"{question.where}: prompt and answer have {n:,} tokens; expected at most {context:,}, "
                              "the model's context")
-    settings = computed_on_rank_0(world, lambda: settings_of(args))
+        if args.measure == "bpb":
+            answers_of(run, question)  # an answer that cannot be scored is refused before the model is loaded
+    settings = computed_on_rank_0(world, lambda: settings_of(args) | {
+        "questions": len(questions), "prompts": prompts.hexdigest()})
     done = computed_on_rank_0(world, lambda: finished(out, settings))
     left = [(question, [arm for arm in args.arms if (question.number, arm.name) not in done])
             for question in questions]
@@ -226,8 +252,12 @@ def evaluate(args, world):
                 threads.leave_busy_cores()
                 first = begin + world.rank * args.batch_size  # a batch holds the same questions on any number of ranks
                 mine = range(first, min(first + args.batch_size, begin + len(part)))
-                found = from_all(world, measured(run, [questions[i] for i in mine], args.arms,
-                                                 [vectors[i] if run.encoder else None for i in mine]))
+                try:
+                    own = measured(run, [questions[i] for i in mine], args.arms,
+                                   [vectors[i] if run.encoder else None for i in mine])
+                except (InputError, OSError) as error:  # raised on every rank, because none may wait for another
+                    own = error
+                found = from_all(world, own)
                 if world.rank == 0:
                     rows = {key: row for rows, _ in found for key, row in rows.items()}
                     for question, arms in part:
@@ -250,13 +280,14 @@ def load(run):
 
 
 def longest_option(run, questions):
-    return max(len(ids) for question in questions for ids in answers_of(run, question, None)[1])
+    return max(len(ids) for question in questions for ids in answers_of(run, question)[1])
 
 
 def settings_of(args):
-    """What results depend on, as config.json keeps it: flags, and the contents of the files that they name."""
+    """What results depend on, as config.json keeps it: flags, and the contents of the files that they name; and the
+    comparison that was named beforehand, by --primary or by the order of --arms."""
     flags = ("benchmark", "limit", "cluster", "measure", "prompt", "by", "leaks", "record_tokens", "answer_tokens",
-             "max_new_tokens", "temperature", "top_p", "batch_size", "system", "seed", "dtype")
+             "max_new_tokens", "temperature", "top_p", "batch_size", "system", "seed", "dtype", "primary")
     with_index = any(arm.train or arm.context for arm in args.arms)
     return {flag: getattr(args, flag) for flag in flags} | {
         "arms": {arm.name: arm.k for arm in args.arms}, "model": str(args.model), "weights": weights_sha256(args.model),
@@ -270,7 +301,7 @@ def finished(out, settings):
     if (out / "config.json").exists():
         before = read_json(out / "config.json")
         differing = [f"{key} was {before.get(key)!r} and is {settings[key]!r}" for key in settings
-                     if key not in paths and before.get(key) != settings[key]]
+                     if key not in paths and json.dumps(before.get(key)) != json.dumps(settings[key])]  # in this order
         if differing:
             raise InputError(f"{out}: made with other settings: {'; '.join(differing)}; expected the same, or another "
                              "--out")
@@ -281,7 +312,7 @@ def finished(out, settings):
 
 # ----- several runs --------------------------------------------------------------------------------------------------
 
-SAME = ("data_sha256", "limit", "cluster", "measure", "prompt", "by", "answer_tokens")  # what makes two runs comparable
+SAME = ("data_sha256", "limit", "cluster", "measure", "prompt", "by")  # what makes two runs comparable
 
 
 def compare(one, other):
@@ -305,6 +336,9 @@ def ladder(args, world):
     rungs = {rung_of(model): model for model in args.models}
     if len(rungs) < len(args.models):
         raise InputError(f"--models: two are called {', '.join(map(rung_of, args.models))}; expected different folders")
+    stems = [Path(file).stem for _, file in args.benchmarks]
+    if len(set(stems)) < len(stems):
+        raise InputError(f"--benchmark: two files are called {', '.join(stems)}; expected different names")
     table, comparisons = [], []
     for benchmark, file in args.benchmarks:
         rows_of, measure = {}, "bpb" if benchmark == "sft" else args.measure
@@ -323,15 +357,18 @@ def ladder(args, world):
         for name, rows in rows_of.items():
             difference = next((one for one in own if one["arm"] == name), None)
             cells = [Path(file).stem, name, f"{np.mean([float(row[ENDPOINTS[measure][0]]) for row in rows]):.4f}",
-                     f"{difference['difference']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"
-                     if difference else ""]
+                     f"{difference['difference']:+.4f} ({interval(difference, '+.4f')})" if difference else ""]
             table.append([*cells, f"{accuracy(rows)['accuracy']:.1%}" if measure != "bpb" else ""])
     if world.rank > 0:
+        return
+    found = {"rows": table, "comparisons": [one for _, one in comparisons]}
+    write_json(Path(args.out) / "ladder.json", found)
+    if args.json:
+        print(json.dumps(found))
         return
     print_table(["file", "rung", "bits per byte or margin", "less the first (95 %)", "accuracy"], table)
     for measure, comparison in comparisons:
         print(sentence(measure, comparison))
-    write_json(Path(args.out) / "ladder.json", {"rows": table, "comparisons": [one for _, one in comparisons]})
 
 
 def rung_of(model):
@@ -388,8 +425,13 @@ def parse_args(argv):
     flag("--seed", "of random records, rounding, sampling", 0, type=whole(0))
     flag("--device", "auto: a GPU if there is one", "auto", choices=("auto", "cpu", "cuda"))
     flag("--dtype", "of the weights", "bf16", choices=("bf16", "fp32"))
-    parser.add_argument("--json", action="store_true", help="print summary.json instead of the table")
+    parser.add_argument("--json", action="store_true",
+                        help=f"print {'ladder' if several else 'summary'}.json instead of the table")
     return parser, parser.parse_args(argv[several:])
+
+
+USED_BY = {"answer_tokens": "bpb", "by": "loglik", "prompt": "loglik", "max_new_tokens": "generate",
+           "temperature": "generate", "top_p": "generate"}  # by this measure only
 
 
 def checked(parser, args, kinds):
@@ -405,6 +447,13 @@ def checked(parser, args, kinds):
         parser.error("--prompt raw: expected --measure loglik, --arms none and no --system: raw text has no turns")
     if getattr(args, "primary", None) and (not set(args.primary) <= set(names) or len(set(args.primary)) < 2):
         parser.error(f"--primary {' '.join(args.primary)}: expected two of --arms")
+    measures = {"bpb" if kind == "sft" else args.measure for kind in kinds}
+    unused = [name for name, measure in USED_BY.items() if measure not in measures]
+    if not any(arm.train or arm.context for arm in args.arms):
+        unused += ["index", "encoder", "leaks", "record_tokens"]
+    if given := [f"--{name.replace('_', '-')}" for name in unused if getattr(args, name) != parser.get_default(name)]:
+        parser.error(f"{' and '.join(given)}: expected left out, because --measure {' and '.join(sorted(measures))} of "
+                     f"--arms {' '.join(names)} does not use this")
     args.system = read_text(args.system, f"--system {args.system}") if args.system else None
     return args
 

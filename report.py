@@ -39,16 +39,23 @@ def pairs_of(arms, primary=None):
             others = [name for name in names if kind_of(name) == other]
             if kind_of(arm) == kind and others:
                 pairs.append((arm, next((name for name in others if arms[name] == arms[arm]), others[0])))
-    pairs = list(dict.fromkeys(pairs))
     if primary is None:
         primary = next((pair for pair in pairs if tuple(map(kind_of, pair)) == ("nearest", "context")), None)
-    elif primary not in pairs:
+    else:
         pairs.append(primary)
-    return sorted(pairs, key=lambda pair: pair != primary)  # stable
+    pairs = sorted(dict.fromkeys(pairs), key=lambda pair: pair != primary)  # stable
+    once = {frozenset(pair): pair for pair in (*pairs, *pairs[:1])}  # one − other is the test of other − one
+    return [pair for pair in pairs if once[frozenset(pair)] == pair]
 
 
 def compared(measure, one, other, names, primary):
-    """The paired comparison of two lists of rows of the same questions: one − other."""
+    """The paired comparison of two lists of rows of the same questions: one − other. InputError for other questions,
+    or for answers that were cut elsewhere, as by another tokenizer or for another window."""
+    asked, others = ([(row["number"], row.get("bytes")) for row in rows] for rows in (one, other))
+    if asked != others:
+        differing = next((pair for pair in zip(asked, others) if pair[0] != pair[1]), (len(asked), len(others)))
+        raise InputError(f"{' and '.join(names)}: found question (and bytes of its answer) {differing[0]} and "
+                         f"{differing[1]}; expected the same, as with an --answer-tokens that cuts no answer")
     endpoint = ENDPOINTS[measure][0]
     a, b = (np.array([float(row[endpoint]) for row in rows]) for rows in (other, one))
     groups = [row["group"] for row in one]
@@ -107,6 +114,8 @@ def of_arm(measure, rows, timings):
                   "first_match": sum(row["first"] == row["gold"] for row in rows) / n,
                   "best_of_two": sum(row["best_of_two"] == row["gold"] for row in rows) / n,
                   "without_unparsed": sum(row["correct"] for row in parsed) / len(parsed) if parsed else None}
+    if any("applied" in row for row in rows):
+        found["not_adapted"] = sum(not row["applied"] for row in rows)
     if timings:
         found |= {"seconds": sum(one["seconds"] for one in timings) / sum(one["questions"] for one in timings),
                   "memory_gb": max(one["memory_gb"] for one in timings)}
@@ -124,7 +133,10 @@ def results_of(out):
     settings, rows = read_json(Path(out) / "config.json"), {}
     for _, row in finished_rows(Path(out) / "results.jsonl", OUR_ROW):
         rows.setdefault(row["arm"], []).append(row)
-    if not rows or len({len(own) for own in rows.values()}) > 1 or set(rows) != set(settings["arms"]):
+    if "arms" not in settings:
+        raise InputError(f"{out}/config.json: found no arms; expected the folder of an evaluation")
+    numbers = {len(own) for own in rows.values()}
+    if len(numbers) != 1 or set(rows) != set(settings["arms"]) or numbers != {settings.get("questions", *numbers)}:
         raise InputError(f"{out}: not every question has a result of every arm; expected a run that was finished")
     return settings, rows
 
@@ -143,7 +155,8 @@ def summarise(out, primary=None):
         summary["baselines"] = {"majority": max(map(gold.count, set(gold))) / len(gold)}
         if measure == "loglik":
             summary["baselines"]["random"] = sum(1 / len(row["logps"]) for row in first) / len(gold)
-    with_records = [row for own in rows.values() for row in own if "masked" in row]
+    with_records = {(row["number"], "random" in kind_of(row["arm"])): row  # arms of a kind have the same ones
+                    for own in rows.values() for row in own if "masked" in row}.values()
     if with_records:
         summary["records"] = {
             "masked": {rule: sum(row["masked"].get(rule, 0) for row in with_records)
@@ -176,6 +189,8 @@ def show(summary):
         for kind, own in arm.get("by_kind", {}).items():
             print(f"{name}, {kind}: {own['accuracy']:.1%} of {own['n']} "
                   f"({own['accuracy_low']:.1%} to {own['accuracy_high']:.1%})")
+        if arm.get("not_adapted"):
+            print(f"{name}: {arm['not_adapted']} of {arm['n']} questions were answered without a step")
         if measure == "loglik":
             print(f"{name}, by byte: {arm['accuracy_by_byte']:.1%}")
         if measure == "generate":
@@ -197,7 +212,7 @@ def sentence(measure, c):
     unit, better = ENDPOINTS[measure][1:]
     words = f"{c['arm']} − {c['against']}: {c['difference']:+.4f} {unit} ({interval(c, '+.4f')}, "
     words += f"p = {c['p']:.3g}, the primary comparison)" if c["primary"] else f"p = {c['p_holm']:.3g} by Holm)"
-    shown = c["low"] is not None and not c["low"] <= 0 <= c["high"]
+    shown = (c["p"] if c["primary"] else c["p_holm"]) < 0.05  # the interval is uncorrected
     verdict = "no difference was shown" if not shown else "better" if c["difference"] * better > 0 else "worse"
     worse = c["worse"]
     words += (f"; {verdict}; the run could have seen {as_text(c['smallest_effect'], '.4f')}; {worse['count']} of "

@@ -30,11 +30,23 @@ FLUSHED = "test_files.py::test_all_of_it_is_flushed_before_the_rename_and_the_re
 TTT_FLAGS = "test_ttt.py::test_the_steps_are_taken_nearest_first_and_as_the_flags_say"
 SCRAPS = "test_files.py::test_scraps_of_the_killed_are_cleared_whatever_their_name_and_those_of_the_living_stay"
 LOCKLESS = "test_files.py::test_without_locks_scraps_stay_and_writing_goes_on"
+BATCH = "test_generate.py::test_a_batch_gives_the_tokens_of_each_alone"
 HASHED_ONCE = "test_checkpoints.py::test_a_rank_hashes_its_own_file_and_each_file_is_hashed_once"
 LOGITS = "test_model.py::test_logits_equal_transformers_on_tiny_models"
 
 # {file: [(old line, new line, the test that must fail), …]}; lines without their indentation
 MUTANTS = {
+    "generate.py": [
+        ("hidden.masked_fill_(((places > place) | (places < pads))[:, None, None], -math.inf)",
+         "hidden.masked_fill_((places > place)[None, None, None], -math.inf)", BATCH),
+        ("cache.kv[:, :, i, :, :cache.length] = cache.kv[:, :, j, :, :cache.length]", "pass", BATCH),
+        ("return model(ids, positions=place - pads, attend=functools.partial(attend, hidden), cache=as_cache)[:, -1]",
+         "return model(ids, positions=place, attend=functools.partial(attend, hidden), cache=as_cache)[:, -1]",
+         BATCH),
+        ("pads, generators = [longest - len(ids) for ids in prompts], [seeded(seed, device) for _ in prompts]",
+         "pads, generators = [longest - len(ids) for ids in prompts], [seeded(seed, device)] * len(prompts)",
+         "test_generate.py::test_a_text_is_drawn_as_alone_whatever_is_beside_it"),
+    ],
     "train.py": [
         ("round_(rounded, exact)", "rounded.copy_(exact)",
          "test_train.py::test_the_weights_of_a_step_are_its_masters_stochastically_rounded"),
@@ -113,6 +125,46 @@ MUTANTS = {
         ("buffer.zero_()", "pass", "test_ttt.py::test_fp32_steps_equal_torch_optimizers"),
         ("m.lerp_(g, 1 - betas[0])", "m.lerp_(g, betas[0])",
          "test_ttt.py::test_the_second_step_of_adam_worked_out_by_hand")],
+    "evaluate.py": [
+        ("return texts, [answer_ids(run.tokenizer, before, text, start)[:-ending(run.tokenizer)] for text in texts]",
+         "return texts, [answer_ids(run.tokenizer, before, text, start)[:-1] for text in texts]",
+         "test_evaluate.py::test_the_tokens_that_are_scored_are_the_text_s_alone"),
+        ('rows.append({"bpb": -own[0] / math.log(2) / n_bytes[0], "nats": -own[0], "bytes": n_bytes[0],',
+         'rows.append({"bpb": -own[0] / n_bytes[0], "nats": -own[0], "bytes": n_bytes[0],',
+         "test_evaluate.py::test_bits_per_byte_and_the_records_in_the_prompt_are_those_of_transformers"),
+        ('"margin": logps[right] - max(logp for i, logp in enumerate(logps) if i != right),',
+         '"margin": logps[right] - max(logps),',
+         "test_evaluate.py::test_log_likelihoods_are_those_of_transformers"),
+        ("texts = generate_batch(run.model, [prompt for _, prompt in asked], max_new_tokens=run.room,",
+         "texts = generate_batch(run.model, [prompt for _, prompt in asked], max_new_tokens=args.max_new_tokens,",
+         "test_evaluate.py::test_all_arms_may_write_as_much"),
+        ("except (InputError, OSError) as error:  # raised on every rank, because none may wait for another",
+         "except OSError as error:",
+         "test_evaluate.py::test_weights_that_are_not_sound_are_noticed_and_no_rank_waits_for_another"),
+        ("if key not in paths and json.dumps(before.get(key)) != json.dumps(settings[key])]  # in this order",
+         "if key not in paths and before.get(key) != settings[key]]",
+         "test_evaluate.py::test_the_primary_comparison_cannot_be_named_afterwards")],
+    "arms.py": [
+        ("fewest = min((len(records) for records, _ in found.values()), default=0)",
+         "fewest = max((len(records) for records, _ in found.values()), default=0)",
+         "test_arms.py::test_as_many_records_are_nearest_as_random"),
+        ("while found and len(prompt_of(run, question, found)) + run.room > run.context:",
+         "while found and len(prompt_of(run, question, found)) > run.context:",
+         "test_arms.py::test_a_record_that_does_not_fit_is_left_out_of_every_arm"),
+        ("labels = [*labels[:end], *[-100] * (len(labels) - end)]", "pass",
+         "test_arms.py::test_only_the_last_answer_is_trained_and_a_cut_one_without_its_end"),
+        ("cosine=cosine(run.index.vectors[i], vector)):", "cosine=None):",
+         "test_arms.py::test_a_record_whose_vector_is_the_question_s_is_masked")],
+    "report.py": [
+        ('shown = (c["p"] if c["primary"] else c["p_holm"]) < 0.05  # the interval is uncorrected',
+         'shown = c["low"] is not None and not c["low"] <= 0 <= c["high"]',
+         "test_report.py::test_a_verdict_is_that_of_the_corrected_p"),
+        ("if asked != others:", "if False:", "test_report.py::test_answers_that_were_cut_elsewhere_are_not_compared"),
+        ('name = "p_gold" if measure == "loglik" else "correct"', 'name = "correct"',
+         "test_report.py::test_a_choice_that_changed_by_hand"),
+        ('return np.array([1 - x["bpb"] / y["bpb"] for x, y in zip(one, other)])',
+         'return np.array([y["bpb"] / x["bpb"] - 1 for x, y in zip(one, other)])',
+         "test_report.py::test_means_and_differences_by_hand")],
     "retrieve.py": [
         ("hold(args.out)", "pass", "test_retrieve.py::test_two_builds_do_not_write_one_index"),
         ("scores, ids = index.search(encoder.encode([args.query], is_query=True), args.k)",

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import say
+from conftest import said, say, tiny_sentencepiece, tiny_vocabulary
 
-from arms import Arm, Evaluation, arm_of, cut_record, example_of, prompt_of, ranked, records_for
+from arms import Arm, Evaluation, arm_of, cut_record, example_of, prompt_of, ranked, records_for, records_of_kinds
 from benchmarks import Question
 from chat import render_chat
 from tokenizer import Tokenizer
@@ -118,6 +118,21 @@ def test_masked_records_are_replaced_by_the_next(ten, leaks, taken, masked):
         assert not {i for i, *_ in found} & ({3, 4} - {*taken})
 
 
+def test_a_record_whose_vector_is_the_question_s_is_masked(ten):
+    ten.args.leaks = "strict"
+    ten.index.vectors[3] = 2 * TOWARDS  # of any length
+    found, notes = records_for(ten, question(), TOWARDS, "nearest", 1)
+    assert [i for i, *_ in found] == [4] and notes["masked"] == {"question": 1}
+
+
+def test_what_an_index_of_another_field_asks_is_masked(ten):
+    ten.args.leaks, ten.index.manifest["field"] = "strict", "topic"
+    ten.index.records = [one | {"topic": one["instruction"]} for one in ten.index.records]
+    ten.index.records[3]["topic"] = question().text
+    found, notes = records_for(ten, question(), TOWARDS, "nearest", 1)
+    assert [i for i, *_ in found] == [4] and notes["masked"] == {"question": 1}
+
+
 def test_a_record_that_does_not_fit_is_left_out_of_every_arm(ten):
     """The window holds the question, two of three records and the room for an answer; the farthest goes."""
     found, _ = records_for(ten, question(), TOWARDS, "nearest", 3)
@@ -135,6 +150,25 @@ def test_a_record_without_an_answer_or_too_long_is_left_out_and_none_follows(ten
     assert [i for i, *_ in found] == [5] and notes["left_out"] == 2
 
 
+def test_a_record_whose_last_answer_is_not_to_be_trained_is_left_out(ten):
+    talk = [*say("One?", "First.", "Two?"), said("assistant", "Wrong. " * 200) | {"weight": 0}]
+    ten.index.records[3] = {"messages": talk}
+    found, notes = records_for(ten, question(), TOWARDS, "nearest", 2)
+    assert [i for i, *_ in found] == [4] and notes["left_out"] == 1
+
+
+def test_as_many_records_are_nearest_as_random(ten):
+    del ten.index.records[3]["response"]
+    asked = question(next(n for n in range(1, 99) if 3 not in [
+        i for i, _ in ranked(ten, question(n), TOWARDS, "random")][:3]))
+    found = records_of_kinds(ten, asked, TOWARDS, {"nearest", "random"}, 3)
+    assert [len(records) for records, _ in found.values()] == [2, 2]
+    assert [i for i, *_ in found["nearest"][0]] == [4, 5] and found["nearest"][1]["left_out"] == 1
+    assert found["random"][0] == records_for(ten, asked, TOWARDS, "random", 3)[0][:2]
+    assert found["random"][1]["left_out"] == 1
+    assert records_of_kinds(ten, asked, TOWARDS, set(), 0) == {}
+
+
 def test_a_cut_record_keeps_its_question_and_ends_where_its_tokens_do(tokenizer):
     messages, was_cut = cut_record(tokenizer, record(0, words=200), 100)
     whole = record(0, words=200)
@@ -143,7 +177,8 @@ def test_a_cut_record_keeps_its_question_and_ends_where_its_tokens_do(tokenizer)
     ids, _ = render_chat(tokenizer, messages)
     assert len(ids) in (100, 101, 102)  # with <|im_end|> and a new line
     assert cut_record(tokenizer, whole, 10_000) == (say(whole["instruction"], whole["response"]), False)
-    assert cut_record(tokenizer, record(0, words=200), 30) is None
+    before = len(render_chat(tokenizer, messages[:1], add_generation_prompt=True)[0])
+    assert cut_record(tokenizer, whole, before + 15) is None and cut_record(tokenizer, whole, before + 16)[1]
     emoji = {"instruction": "?", "response": "🤒" * 100}
     assert set(cut_record(tokenizer, emoji, 75)[0][1]["content"]) == {"🤒"}
 
@@ -157,6 +192,21 @@ def test_only_the_last_answer_is_trained_and_a_cut_one_without_its_end(tokenizer
         assert tokenizer.decode(ids).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?")
 
 
+def test_a_cut_answer_of_llama_2_is_trained_without_the_space_at_its_end(tmp_path):
+    run = evaluation(Tokenizer.from_dir(tiny_sentencepiece(tmp_path / "it")), [], np.zeros((0, 2)))
+    for was_cut, trained in ((False, "a fever </s>"), (True, "a fever")):
+        _, labels = example_of(run, say("What?", "a fever"), was_cut)
+        assert run.tokenizer.decode([label for label in labels if label != -100]) == trained
+
+
+@pytest.mark.parametrize("template, bos", [("llama3", "<|begin_of_text|>"), ("llama2", "<s>")])
+def test_a_raw_prompt_of_llama_begins_with_its_bos(tmp_path, template, bos):
+    folder = tiny_sentencepiece(tmp_path / "it") if template == "llama2" else tiny_vocabulary(tmp_path / "it", template)
+    run = evaluation(Tokenizer.from_dir(folder), [], np.zeros((0, 2)), measure="loglik", prompt="raw")
+    ids = prompt_of(run, question(options={"A": "honey", "B": "salt"}, gold="A"))
+    assert run.tokenizer.decode(ids).startswith(f"{bos}Question: What helps") and ids.count(ids[0]) == 1
+
+
 def test_a_records_own_system_message_gives_way_to_the_questions(tokenizer):
     messages, _ = cut_record(tokenizer, record(0, system="Speak Latin."), 384)
     assert [message["role"] for message in messages] == ["user", "assistant"]
@@ -165,6 +215,9 @@ def test_a_records_own_system_message_gives_way_to_the_questions(tokenizer):
 def test_records_in_the_prompt_are_earlier_turns(ten):
     found, _ = records_for(ten, question(), TOWARDS, "nearest", 2)
     text = ten.tokenizer.decode(prompt_of(ten, question(), arm_of("context:k=2").in_prompt(found)))
+    ten.system = say(system="Be brief.")
+    with_system = ten.tokenizer.decode(prompt_of(ten, question(), found))
+    assert with_system.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
     expected = say(*(text for i in (4, 3) for text in (record(i)["instruction"], record(i)["response"])),
                    question().text)
     assert text == ten.tokenizer.decode(render_chat(ten.tokenizer, expected, add_generation_prompt=True)[0])

@@ -1,20 +1,26 @@
 """evaluate.py on tiny models: its measures beside transformers, its runs beside themselves when cut off or divided."""
+import argparse
+import copy
 import functools
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import held_elsewhere, random_texts, write_json, write_jsonl
+from conftest import held_elsewhere, random_texts, tiny_sentencepiece, tiny_vocabulary, write_jsonl
 from ranks import run_ranks
 
 import evaluate
 import model as M
 import retrieve
-from arms import example_of
+from arms import Evaluation, example_of
+from benchmarks import read_benchmark
 from files import InputError
+from parallel import from_all
+from tokenizer import Tokenizer
 from ttt import adapted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,8 +59,13 @@ SIX = ("--arms", *ARMS, "--batch-size", "2", "--cluster", "url", "--limit", "5")
 def arguments(files, base, out, measure, *more):
     data = ["--benchmark", "sft", "--data", files / "rows.jsonl"] if measure == "bpb" else \
         ["--benchmark", "medqa", "--data", files / "medqa.jsonl"]
-    return [*map(str, (*data, "--measure", measure, "--model", base, "--index", files / "index", "--out", out,
-                       "--device", "cpu", *more))]
+    index = ["--index", files / "index"] if re.search("nearest|random|context", " ".join(map(str, more))) else []
+    return [*map(str, (*data, "--measure", measure, "--model", base, *index, "--out", out, "--device", "cpu", *more))]
+
+
+def write_text(path, text):
+    path.write_text(text)
+    return path
 
 
 def run(files, base, out, measure, *more):
@@ -90,7 +101,12 @@ def their_prompt(theirs, *turns):
 
 @pytest.mark.parametrize("prompt", ["chat", "raw"])
 @pytest.mark.parametrize("by", ["letter", "text"])
-def test_log_likelihoods_are_those_of_transformers(files, base, theirs, tmp_path, prompt, by):
+def test_log_likelihoods_are_those_of_transformers(files, base, theirs, tmp_path, monkeypatch, prompt, by):
+    if prompt == "raw":  # a base model needs no chat template
+        tokenizer, context = evaluate.open_tokenizer(base)
+        plain = copy.copy(tokenizer)
+        plain.template = None
+        monkeypatch.setattr(evaluate, "open_tokenizer", lambda folder: (plain, context))
     rows = run(files, base, tmp_path / "run", "loglik", "--dtype", "fp32", "--prompt", prompt, "--by", by,
                "--batch-size", "3")
     for number, question in enumerate(QUESTIONS, 1):
@@ -114,14 +130,14 @@ def test_log_likelihoods_are_those_of_transformers(files, base, theirs, tmp_path
 
 def test_bits_per_byte_and_the_records_in_the_prompt_are_those_of_transformers(files, base, theirs, tmp_path):
     rows = run(files, base, tmp_path / "run", "bpb", "--dtype", "fp32", "--cluster", "url", "--arms", "none",
-               "context:k=2")
+               "context:k=1", "context:k=3")
     records = retrieve.Index.load(files / "index").records
     for number, row in enumerate(ROWS, 1):
-        for arm in ("none", "context:k=2"):
+        for arm, k in (("none", 0), ("context:k=1", 1), ("context:k=3", 3)):
             found = rows[number, arm]
             turns = [text for one in reversed(found.get("neighbours", [])) for text in
                      (records[one["id"]]["instruction"], records[one["id"]]["response"])]
-            assert len(turns) == (4 if arm == "context:k=2" else 0)
+            assert len(turns) == 2 * k
             logp = their_logp(theirs, their_prompt(theirs, *turns, row["instruction"]), row["response"])
             assert found["nats"] == pytest.approx(-logp, abs=1e-4) and found["bytes"] == len(row["response"].encode())
             assert found["bpb"] == pytest.approx(-logp / math.log(2) / found["bytes"], rel=1e-6)
@@ -130,10 +146,36 @@ def test_bits_per_byte_and_the_records_in_the_prompt_are_those_of_transformers(f
 
 def test_a_reference_answer_is_cut_and_its_bytes_with_it(files, base, theirs, tmp_path):
     row = run(files, base, tmp_path / "run", "bpb", "--dtype", "fp32", "--answer-tokens", "3")[1, "none"]
-    cut = theirs[1].decode(theirs[1](ROWS[0]["response"]).input_ids[:3]).rstrip("\ufffd")
-    assert row["tokens"] == 3 and row["bytes"] == len(cut.encode()) < len(ROWS[0]["response"])
+    cut = theirs[1].decode(theirs[1](ROWS[0]["response"]).input_ids[:3]).rstrip("\ufffd").strip()
+    assert cut == "It is" and row["tokens"] == 2 and row["bytes"] == 5  # the third token is a third of a character
     logp = their_logp(theirs, their_prompt(theirs, ROWS[0]["instruction"]), cut)
     assert row["nats"] == pytest.approx(-logp, abs=1e-4)
+
+
+def test_white_space_around_an_answer_counts_for_nothing(files, base, tmp_path):
+    write_jsonl(tmp_path / "spaced.jsonl", [ROWS[0] | {"response": f" {ROWS[0]['response']}\n "}])
+    spaced, plain = (run(files, base, tmp_path / name, "bpb", "--limit", "1", "--data", data)[1, "none"]
+                     for name, data in (("spaced", tmp_path / "spaced.jsonl"), ("plain", files / "rows.jsonl")))
+    assert spaced == plain
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "llama2"])
+def test_the_tokens_that_are_scored_are_the_text_s_alone(files, tmp_path, template):
+    """Neither the end of turn nor, in Llama 2's template, the space before it."""
+    tokenizer = Tokenizer.from_dir(tiny_sentencepiece(tmp_path / "it") if template == "llama2" else
+                                   tiny_vocabulary(tmp_path / "it", template))
+    question = read_benchmark("medqa", files / "medqa.jsonl")[1]
+    for by, expected in (("letter", [*question.options]), ("text", [*question.options.values()])):
+        run = Evaluation(argparse.Namespace(measure="loglik", prompt="chat", by=by), None, tokenizer, 512, [], set())
+        texts, ids = evaluate.answers_of(run, question)
+        assert tokenizer.template == template and texts == expected == [tokenizer.decode(own) for own in ids]
+
+
+def test_an_answer_without_a_whole_character_is_refused_before_the_model_is_loaded(files, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", None)
+    write_jsonl(tmp_path / "ill.jsonl", [ROWS[0] | {"response": "🤒"}])
+    with pytest.raises(InputError, match=r"ill.jsonl:1: its answer has no whole character in 1 tokens"):
+        run(files, base, tmp_path / "run", "bpb", "--data", tmp_path / "ill.jsonl", "--answer-tokens", "1")
 
 
 def test_a_trained_arm_is_the_adapted_model_and_the_next_one_finds_the_old_weights(files, base, tmp_path, monkeypatch):
@@ -177,6 +219,18 @@ def test_generated_texts_do_not_depend_on_the_batch_and_are_read_strictly(files,
     assert found[1, "none"]["correct"] and found[2, "none"]["correct"] and not found[3, "none"]["correct"]
     assert found[1, "none"]["first"] == "B" and not found[1, "none"]["truncated"]
     assert found[1, "none"]["text"] == said[0]
+
+
+def test_all_arms_may_write_as_much(files, base, tmp_path, monkeypatch):
+    """Half of the window of 8,192 tokens, not what each arm's prompt leaves of it."""
+    seen = []
+
+    def written(model, prompts, *, max_new_tokens, **_):
+        seen.append(max_new_tokens)
+        return [[0] for _ in prompts]
+    monkeypatch.setattr(evaluate, "generate_batch", written)
+    run(files, base, tmp_path / "run", "generate", "--max-new-tokens", "6000", "--arms", "none", "context:k=1")
+    assert seen == [4096, 4096]
 
 # ----- runs ----------------------------------------------------------------------------------------------------------
 
@@ -242,12 +296,21 @@ def test_results_of_other_settings_or_weights_are_not_gone_on_with(files, base, 
     run(files, base, tmp_path / "run", "bpb", "--limit", "1")
     with pytest.raises(InputError, match="limit was 1 and is 2"):
         run(files, base, tmp_path / "run", "bpb", "--limit", "2")
+    with pytest.raises(InputError, match="prompts was"):
+        run(files, base, tmp_path / "run", "bpb", "--limit", "1", "--system", write_text(tmp_path / "system", "Brief."))
     M.save_model(M.load_model(base).init_weights(9), tmp_path / "other", source=base)
     with pytest.raises(InputError, match="weights was"):
         run(files, tmp_path / "other", tmp_path / "run", "bpb", "--limit", "1")
     (tmp_path / "run/config.json").unlink()
     with pytest.raises(InputError, match=r"results.jsonl without config.json"):
         run(files, base, tmp_path / "run", "bpb", "--limit", "1")
+
+
+def test_the_primary_comparison_cannot_be_named_afterwards(files, base, whole):
+    turned = [*SIX[:1], *reversed(ARMS), *SIX[1 + len(ARMS):]]
+    for flags, reason in ((turned, "arms was"), ([*SIX, "--primary", "none", ARMS[1]], "primary was None and is")):
+        with pytest.raises(InputError, match=reason):
+            run(files, base, whole, "bpb", *flags)
 
 
 def test_two_runs_do_not_write_one_folder(files, base, tmp_path):
@@ -262,12 +325,15 @@ def test_a_question_that_does_not_fit_is_refused_before_the_model_is_loaded(file
         run(files, base, tmp_path / "run", "bpb", "--data", tmp_path / "long.jsonl")
 
 
-def test_weights_that_are_not_sound_are_noticed(files, base, tmp_path):
+def test_weights_that_are_not_sound_are_noticed_and_no_rank_waits_for_another(files, base, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(evaluate, "from_all", lambda world, value: (given.append(value), from_all(world, value))[1])
     model = M.load_model(base)
     model.norm.weight.data[0] = math.nan
     M.save_model(model, tmp_path / "nan", source=base)
     with pytest.raises(InputError, match=r"medqa.jsonl:1: a log-likelihood is not finite"):
         run(files, tmp_path / "nan", tmp_path / "run", "loglik")
+    assert isinstance(given[0], InputError)
 
 
 @pytest.mark.parametrize("measure, flags, reason", [
@@ -277,7 +343,13 @@ def test_weights_that_are_not_sound_are_noticed(files, base, tmp_path):
     ("bpb", ["--arms", "none", "none"], "stands there twice"),
     ("bpb", ["--arms", "none", "--primary", "none", "nearest"], "expected two of --arms"),
     ("bpb", ["--arms", "best"], "found 'best', expected one of none"), ("bpb", ["--limit", "0"], "found '0'"),
-    ("bpb", ["--cluster", "page"], "page")])
+    ("bpb", ["--cluster", "page"], "page"),
+    ("loglik", ["--temperature", "1"], "--temperature: expected left out, because --measure loglik of --arms none"),
+    ("loglik", ["--answer-tokens", "9"], "--answer-tokens: expected left out"),
+    ("bpb", ["--by", "text", "--max-new-tokens", "9"], "--by and --max-new-tokens: expected left out"),
+    ("generate", ["--by", "text"], "--by: expected left out"), ("bpb", ["--top-p", "0.5"], "--top-p: expected left"),
+    ("bpb", ["--index", "x", "--encoder", "x", "--leaks", "off", "--record-tokens", "99"],
+     "--index and --encoder and --leaks and --record-tokens: expected left out")])
 def test_flags_that_contradict_are_named(files, base, tmp_path, measure, flags, reason):
     with pytest.raises(InputError, match=reason):
         run(files, base, tmp_path / "run", measure, *flags)
@@ -316,6 +388,11 @@ def test_a_ladder_compares_every_rung_with_the_first(files, base, tmp_path, caps
     comparisons = json.loads((tmp_path / "ladder/ladder.json").read_text())["comparisons"]
     assert [one["primary"] for one in comparisons] == [False, True, False, True]
     assert comparisons[1]["difference"] == pytest.approx(expected)
-    write_json(tmp_path / "x.json", {})
+    flags = ["--benchmark", f"medqa={files / 'medqa.jsonl'}", "--limit", "1", "--out", str(tmp_path / "one"),
+             "--device", "cpu", "--json"]
+    evaluate.main(["ladder", "--models", str(base), str(top), *flags])  # one question: no interval
+    assert json.loads(capsys.readouterr().out)["rows"][1][3].endswith(" (– to –)")
+    with pytest.raises(InputError, match="two files are called medqa, medqa; expected different names"):
+        evaluate.main(["ladder", "--models", str(base), *flags, "--benchmark", "medqa=a/medqa.jsonl", "sft=medqa.json"])
     with pytest.raises(InputError, match="expected different folders"):
         evaluate.main(["ladder", "--models", str(base), str(base), "--benchmark", "sft=x", "--out", str(tmp_path)])

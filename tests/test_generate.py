@@ -248,6 +248,27 @@ def test_a_batch_takes_no_more_places_than_it_says_and_looks_at_fewer_when_rows_
     assert steps == [(4, 19, [0, 1, 9, 4]), (2, 21 - 4, [5, 0]), (1, 24 - 9, [0])]
 
 
+def test_the_last_text_of_a_batch_goes_on_in_the_decoder_written_for_one(monkeypatch):
+    """Its products of a matrix and a vector are faster without oneDNN, those of several rows are faster with it."""
+    model, seen, real = tiny_llama(), [], {name: getattr(G, name) for name in ("decoder", "one_token_forward")}
+
+    def watched(name):
+        def make(*args):
+            made = real[name](*args)
+            step, *rest = made if isinstance(made, tuple) else [made]
+
+            def watched_step(*args):
+                seen.append((name, torch.backends.mkldnn.enabled))
+                return step(*args)
+            return (watched_step, *rest) if rest else watched_step
+        monkeypatch.setattr(G, name, make)
+    for name in real:
+        watched(name)
+    model.config = replace(model.config, max_position_embeddings=20)
+    generate_batch(model, [[1] * 18, [1] * 16], temperature=0)  # 3 and 5 tokens
+    assert seen == [("one_token_forward", True)] * 2 + [("decoder", False)] * 2
+
+
 def test_a_batch_where_bf16_products_are_slow_is_computed_in_fp32_as_the_plain_forward_is(monkeypatch, tmp_path):
     """bf16 weights and cache, fp32 in between."""
     half = tiny_pair("tied", tmp_path)[1].bfloat16()
