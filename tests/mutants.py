@@ -125,6 +125,14 @@ MUTANTS = {
         ("buffer.zero_()", "pass", "test_ttt.py::test_fp32_steps_equal_torch_optimizers"),
         ("m.lerp_(g, 1 - betas[0])", "m.lerp_(g, betas[0])",
          "test_ttt.py::test_the_second_step_of_adam_worked_out_by_hand")],
+    "leaks.py": [
+        ("for end in range(len(text), BLOCK - 1, -BLOCK):  # from the end: many questions begin alike",
+         "for end in range(len(text), BLOCK, -BLOCK):",
+         "test_leaks.py::test_a_run_is_found_wherever_it_begins_and_a_shorter_one_is_no_hit")],
+    "plot.py": [
+        ('gains[row["arm"]].append((nearest, better * (row[key] - before[row["number"]])))',
+         'gains[row["arm"]].append((nearest, row[key] - before[row["number"]]))',
+         "test_plot.py::test_gain_is_drawn_against_the_nearest_score_arm_by_arm")],
     "evaluate.py": [
         ("return texts, [answer_ids(run.tokenizer, before, text, start)[:-ending(run.tokenizer)] for text in texts]",
          "return texts, [answer_ids(run.tokenizer, before, text, start)[:-1] for text in texts]",
