@@ -29,6 +29,7 @@ import numpy as np
 
 DRAWN_AT_ONCE = 1 << 16  # groups: half a megabyte, which stays in the cache
 SMALLEST_SE = 1 / 3  # of the sample's; see `deviations`
+FEW = 10  # groups
 
 # ----- counts: right or wrong ----------------------------------------------------------------------------------------
 
@@ -133,7 +134,8 @@ def deviations(sums, sizes, draws, seed):
     """|t*| · se of each draw, ascending [draws]: how far the mean of such a sample may lie from the true one.
 
     A draw of nearly equal groups has an se* near 0 and so a boundless t*: when 3 of 300 questions differ, many draws
-    hold none of them. Therefore se* counts as at least a third of se, which many groups never come near.
+    hold none of them. Therefore se* counts as at least a third of se, which many groups never come near. Fewer than ten
+    groups make too few different draws (two make three), so there the deviations are at least Student's.
     """
     clusters, se = len(sizes), clustered_se(sums, sizes)
     if clusters == 1 or se == 0:
@@ -151,8 +153,10 @@ def deviations(sums, sizes, draws, seed):
     shift = totals[:, 0] / totals[:, 1]  # mean* - mean
     squares = totals[:, 2] - 2 * shift * totals[:, 3] + shift ** 2 * totals[:, 4]  # sum of (E_g - m_g · shift)²
     se_drawn = np.sqrt(clusters / (clusters - 1) * np.maximum(squares, 0)) / totals[:, 1]
-    t = np.abs(shift) / np.maximum(se_drawn, SMALLEST_SE * se)
-    return np.sort(t * se * (1 + 1e-12))  # differences of -1, 0, 1 tie: a tie counts as far off, however it rounds
+    t = np.sort(np.abs(shift) / np.maximum(se_drawn, SMALLEST_SE * se))
+    if clusters < FEW:
+        t = np.maximum(t, np.sort(np.abs(generator.standard_t(clusters - 1, draws))))
+    return t * se * (1 + 1e-12)  # differences of -1, 0, 1 tie: a tie counts as far off, however it rounds
 
 
 def half_width(deviations, level):

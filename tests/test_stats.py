@@ -137,7 +137,8 @@ def bootstrap_t(x, groups, draws, seed):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_the_interval_is_a_bootstrap_t_of_the_groups(sparse):
+def test_the_interval_is_a_bootstrap_t_of_the_groups(sparse, monkeypatch):
+    monkeypatch.setattr(S, "FEW", 0)
     rng = np.random.default_rng(5)
     sizes = [4, 1, 3, 1, 2, 6, 1, 2, 2]
     groups = rng.permutation(np.repeat(np.arange(9), sizes)).tolist()
@@ -180,7 +181,8 @@ def test_p_on_the_very_edge_does_not_exclude_0():
 
 
 @pytest.mark.parametrize("d", [[-1, 1, 1, 1, 0], [1, 1, 0, 1, -1, 1, 0, -1, 1], [1, 0, 1, 0, 1, -1]])
-def test_a_draw_just_as_far_off_counts_however_it_rounds(d):
+def test_a_draw_just_as_far_off_counts_however_it_rounds(d, monkeypatch):
+    monkeypatch.setattr(S, "FEW", 0)
     mean, _, deviations = bootstrap_t(d, range(len(d)), 499, 0)
     p = (1 + sum(one >= abs(mean) * (1 - 1e-9) for one in deviations)) / 500
     assert S.paired([0] * len(d), d, range(len(d)), draws=499)["p"] == p
@@ -205,6 +207,18 @@ def test_equal_differences_have_no_width(value):
     assert result == {"difference": value, "low": value, "high": value, "p": 1 if value == 0 else 1 / 1000, "se": 0,
                       "n": 49, "clusters": 25}
     assert S.smallest_effect(np.zeros(49), np.full(49, value), range(49)) == 0
+
+
+@pytest.mark.parametrize("groups", [2, 3, 9])
+def test_few_groups_are_held_to_student_s_t(groups):
+    """A t of 0.8 or 1.25 times its quantile, with one question a group."""
+    x = np.arange(groups) - (groups - 1) / 2
+    se = x.std(ddof=1) / groups ** 0.5
+    for factor in (0.8, 1.25):
+        mean = factor * S.student_quantile(0.975, groups - 1) * se
+        found = S.paired(np.zeros(groups), x + mean, range(groups))
+        assert found["se"] == pytest.approx(se) and (found["p"] < 0.05) == (found["low"] > 0)
+        assert found["p"] > 0.05 if factor < 1 else (groups > 3 or found["p"] < 0.05)
 
 
 def test_one_group_says_nothing():
