@@ -17,8 +17,9 @@ A fuzzy copy is a benchmark question that was edited, or whose options were shuf
     share(question, text) = weight of its words that stand in the window of the text most like it / weight of them all
     weight(word) = log(1 + questions / questions with that word)
 
-It is one from a share of 0.7, if the words found weigh as much as two that a single question has. rapidfuzz finds the
-window. FineMedLM-o1 (arXiv 2501.09213) has no such gate; one of its released answers changes language in mid-thought.
+It is one from a share of 0.7, if the words found, without COMMON ones, weigh as much as one and a half that a single
+question has. rapidfuzz finds the window. FineMedLM-o1 (arXiv 2501.09213) has no such gate; one of its released answers
+changes language in mid-thought.
 
 Rows are streamed. Of a row that stays, memory keeps a hash, a sketch of 128 numbers and, with `encode`, a vector.
 """
@@ -37,9 +38,10 @@ import faiss
 import numpy as np
 
 from files import InputError
-from leaks import SAME_COSINE, SHORTEST, Record, Scanner, content, words
+from leaks import RUN, SAME_COSINE, Record, Scanner, content, words
 from messages import CONVERSATIONS, names_in
 from rows import MATERIAL, QUESTIONS, try_to
+from tokenizer import check_unicode
 
 RULES = ("unreadable", "reference", "spam", "language", "switch", "leak", "exact", "minhash", "embedding")
 BATCH = 256  # rows whose questions are encoded together
@@ -109,6 +111,7 @@ def read(number, row):
     raw = not names_in(row, (*QUESTIONS, *CONVERSATIONS, *MATERIAL)) and isinstance(row.get("text"), str)
     given = {"instruction": row["text"], "url": row.get("url")} if raw else row
     fault, record = try_to(Record, given, f"row {number}")
+    fault = fault or try_to(check_unicode, json.dumps(row, ensure_ascii=False), f"row {number}")[0]
     if not fault and not any(record.words):
         fault = InputError(f"row {number}: found no words; expected text")
     return SimpleNamespace(number=number, row=row, raw=raw, record=record, fault=fault and str(fault), vector=None)
@@ -218,6 +221,7 @@ SCRIPTS = {
     "Devanagari": (r"\u0900-\u097f", 4, ("hi", "mr", "ne")),
     "Thai": (r"\u0e00-\u0e7f", 4, ("th",)),
 }
+ANY_SCRIPT = re.compile(f"[{''.join(chars for chars, _, _ in SCRIPTS.values())}]")
 QUOTED = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|（[^（）]*）")  # a name in its own script, as "Huangqi (黄芪)"
 SENTENCE = re.compile(r"(?<=[.!?。！？])\s*(?=\S)|\n+")
 
@@ -240,6 +244,7 @@ def language_checks(languages):
         raise InputError(f"found the languages {', '.join(languages) or 'none'}; expected some of "
                          f"{', '.join(sorted(known))}")
 
+    @functools.lru_cache(16)  # because both rules ask for the same texts
     def certain(text):
         """The language of a text, or None if it cannot be told: a list of species or of muscles passes for Latin."""
         name, probability = identifier.classify(text)
@@ -269,39 +274,45 @@ def language_checks(languages):
 
 def main_script(text):
     """The name of the script in SCRIPTS that half of a text's letters are in, or None."""
+    if not ANY_SCRIPT.search(text):
+        return None
     letters = sum(map(str.isalpha, text))
     return next((name for name, (chars, _, _) in SCRIPTS.items()
-                 if 2 * len(re.findall(f"[{chars}]", text)) > max(letters, 1)), None)
+                 if 2 * len(re.findall(f"[{chars}]", text)) > letters), None)
 
 
 def foreign_run(text):
     """The first run of letters of another script outside of brackets, with the words around it; None without one."""
-    text = QUOTED.sub("", text)
+    text = QUOTED.sub("", text) if ANY_SCRIPT.search(text) else ""
     for chars, least, _ in SCRIPTS.values():
         if found := re.search(f"[{chars}]{{{least},}}", text):
             return f"{found[0][:40]} in: {text[max(0, found.start() - 40):found.end() + 40]}"
 
 # ----- benchmarks ----------------------------------------------------------------------------------------------------
 
-SHARE, RARE = 0.7, 2  # of a question's weight that must be found; in words that a single question has
+SHARE, RARE = 0.7, 1.5  # of a question's weight that must be found; in words that a single question has
+# not counted for the second: rare among a few hundred terse questions, yet in every text ("is also known as")
+COMMON = frozenset(content(
+    "about above after again all also am and any as at be because been before being below between both but by can "
+    "cannot could did do does done during each either from had has have having he her here him his how if into it its "
+    "known less may might more most much must my no nor not off on once one only or other our out over own same she "
+    "should so some such than that their them then there these they this those through too under until up very we when "
+    "where while who whom whose why will with within without would you your called seen used true false following"))
 
 
 def leak_check(questions, encode=None, cosine=SAME_COSINE):
     """The rule `leak` for benchmark questions: evidence, which names the question's place, or None.
 
-    Where material stands before the question, as PubMedQA's abstract, the question alone is looked for as well.
+    Where material stands before the question, as PubMedQA's abstract, Scanner looks for both, the other functions for
+    the question alone.
     """
-    asked = [*questions]
-    for one in questions:
-        if (alone := question_alone(one)) != one.text:
-            asked.append(SimpleNamespace(text=alone, answer="", page=None, options=one.options, where=one.where))
-    scanner, copies, sentences = Scanner(asked), fuzzy_copies(questions), short_questions(questions)
+    scanner, copies, sentences = Scanner(questions), fuzzy_copies(questions), short_questions(questions)
     vectors = unit(encode([question_alone(one) for one in questions])) if encode else None
 
     def leak(one):
         if hit := next(iter(scanner.hits_of(one.record)), None):
             number, rule, evidence = hit
-            return f"{rule} of {asked[number].where}: {evidence}"
+            return f"{rule} of {questions[number].where}: {evidence}"
         for text in (*one.record.texts, *one.record.rejected):
             if found := sentences(text) or copies(text):
                 return found
@@ -316,12 +327,12 @@ def question_alone(question):
 
 
 def short_questions(questions):
-    """A function of a text: evidence if whole sentences of it are a question of fewer than eight words, or None.
+    """A function of a text: evidence if whole sentences of it are a question of fewer than 13 words, or None.
 
-    Such a question is no run that Scanner looks for: "Serum is:" stands in many sentences, and as one in few.
+    Scanner looks for no run as short as "Serum is:", which stands in many sentences, and as a sentence in few.
     """
     table = {tuple(words(question_alone(one))): one.where for one in questions}
-    table = {key: where for key, where in table.items() if 0 < len(key) < SHORTEST}
+    table = {key: where for key, where in table.items() if 0 < len(key) < RUN}
 
     def find(text):
         sentences = [found for sentence in re.split(r"[.!?:;\n]+", text) if (found := words(sentence))]
@@ -362,16 +373,18 @@ def fuzzy_copies(questions):
         text = content(text)
         if not (shared := [word for word in {*text} if word in holders]):
             return None
-        repeats = [weight[word] for word in shared for _ in holders[word]]
-        sums = np.bincount(np.concatenate([holders[word] for word in shared]), repeats, len(forms))
+        numbers = [holders[word] for word in shared]
+        repeated = np.repeat([weight[word] for word in shared], [*map(len, numbers)])
+        sums = np.bincount(np.concatenate(numbers), repeated, len(forms))
         for number in np.flatnonzero((sums >= SHARE * totals) & (sums >= least)):
             where, form = forms[number]
             begin, end = 0, len(text)
             if len(form) < len(text):
-                found, margin = partial_ratio_alignment(form, text), math.ceil(len(form) / 8) + 1  # edits move words
-                begin, end = max(0, found.dest_start - margin), found.dest_end + margin
-            weighs = sum(weight[word] for word in {*form} & {*text[begin:end]})
-            if weighs >= max(SHARE * totals[number], least):
+                place, margin = partial_ratio_alignment(form, text), math.ceil(len(form) / 8) + 1  # edits move words
+                begin, end = max(0, place.dest_start - margin), place.dest_end + margin
+            found = {*form} & {*text[begin:end]}
+            weighs = sum(weight[word] for word in found)
+            if weighs >= SHARE * totals[number] and sum(weight[word] for word in found - COMMON) >= least:
                 return f"{weighs / totals[number]:.0%} of {where}: {' '.join(text[begin:end])[:200]}"
     return find
 

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,18 +110,20 @@ def test_rows_are_streamed():
 
 def test_memory_keeps_no_rows(monkeypatch):
     """Of rows that stay, only hashes and sketches are kept: a long text costs no more than a short one."""
-    import gc
-    kept = []
-    real = filters.read
-    monkeypatch.setattr(filters, "read", lambda *given: kept.append(real(*given)) or kept[-1])
-    stream = filtered((row(f"Question {i}?", f"answer {i} " * 50) for i in range(20)), Settings(rules=("exact",
-                                                                                                       "minhash")))
+    records, read = [], filters.read
+
+    def noted(*given):
+        one = read(*given)
+        records.append(weakref.ref(one.record))
+        return one
+    monkeypatch.setattr(filters, "read", noted)
+    stream = filtered((row(f"Question {i}?", f"answer {i} " * 50) for i in range(20)),
+                      Settings(rules=("exact", "minhash", "embedding"), encode=lambda texts: np.eye(len(texts), 40),
+                               similarity=1.0))
+    monkeypatch.setattr(filters, "BATCH", 5)
     for _ in range(15):
         next(stream)
-    records = [id(one.record) for one in kept[:10]]
-    kept.clear()
-    gc.collect()
-    assert not {id(one) for one in gc.get_objects() if type(one).__name__ == "Record"} & set(records)
+    assert len(records) == 15 and not any(record() for record in records[:10])
 
 
 def test_only_the_rules_named_are_applied():
@@ -158,9 +161,11 @@ def test_all_shapes_of_rows_are_read():
         assert rule(one, rules=("reference",)) == "reference"
     pair = {"prompt": "Why?", "chosen": HYPERTENSION, "rejected": text}
     assert rule(pair, rules=("reference",)) is None  # what is rejected may be poor
-    assert rule(pair | {"rejected": MEDQA.text}, rules=("leak",), questions=QUESTIONS) == "leak"  # but trains as well
+    edited_copy = "Horner? Pontine bleed? Argyll Robertson? Uncal herniation? Hutchinson's pupil?"
+    for leaking in (MEDQA.text, edited_copy):  # but is trained on as well
+        assert rule(pair | {"rejected": leaking}, rules=("leak",), questions=QUESTIONS) == "leak"
     assert rule(row(text=text), rules=("reference",)) is None  # the source beside a question is not trained on
-    assert rule({"text": "  ...  "}) == "unreadable"
+    assert rule({"text": "  ...  "}) == rule(row("\ud800?")) == "unreadable"
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
@@ -272,7 +277,8 @@ def test_a_switch_in_mid_text_goes(text, evidence):
 @pytest.mark.parametrize("text", [
     "Huangqi (黄芪) is a root; so is [人参].", "The qi 气 of the lung.", "The α- and β-blockers, 5 μg, Δ9-THC and Ω-3.",
     "Staphylococcus aureus, Streptococcus pneumoniae, Haemophilus influenzae and Moraxella catarrhalis. " + DIFFERENT,
-    "Sjögren's, Ménière's and Behçet's were described in Zürich. " + HYPERTENSION, "Die Ursache?"])
+    "Sjögren's, Ménière's and Behçet's were described in Zürich. " + HYPERTENSION, "Die Ursache?",
+    "Is Chaalia/Pan Masala harmful for health?"])
 def test_names_and_signs_are_no_switch(text):
     assert rule(row(response=text), **LANGUAGE) is None
 
@@ -328,7 +334,7 @@ def test_pages_and_answers_leak_as_in_leaks():
 
 
 def test_the_share_by_hand():
-    """Two questions: a word of one weighs ln 3, one of both ln 2; 0.7 of the weight and 2 ln 3 are wanted."""
+    """Two questions: a word of one weighs ln 3, one of both ln 2; 0.7 of the weight and 1.5 ln 3 are wanted."""
     first, second = asked("alpha beta gamma delta", where="a:1"), asked("alpha zeta eta iota", where="b:1")
     find = fuzzy_copies((first, second))
     assert find("alpha beta gamma omega") == "72% of a:1: alpha beta gamma omega"  # (ln 2 + 2 ln 3) / (ln 2 + 3 ln 3)
@@ -339,6 +345,10 @@ def test_the_share_by_hand():
     filler = " ".join(f"word{i}" for i in range(9))
     assert find(f"beta {filler} gamma {filler} delta {filler} alpha") is None
     assert find("") is None and find("word") is None
+    # ln 3 + ln 2 is 1.63 ln 3; common words weigh nothing there, and a single rare word is too little
+    find = fuzzy_copies((asked("alpha beta", where="a:1"), asked("alpha is also known", where="b:1"), asked("zeta?")))
+    assert find("so beta or alpha") == "100% of a:1: beta or alpha" and find("zeta") is None
+    assert find("alpha also known") is None
 
 
 def test_a_short_question_is_a_whole_sentence():
@@ -347,7 +357,9 @@ def test_a_short_question_is_a_whole_sentence():
     assert find("The serum is clear. It serum") is None
     assert find("So? Bu is late. Which type? B.") == "question of c:1: bu is late which type"
     assert find("Bu is late. Not so. Which type?") is None
-    assert short_questions((MEDQA,))(MEDQA.text) is None
+    for n in (12, 13):  # Scanner finds the longer one
+        long = asked(" ".join(f"word{i}" for i in range(n)))
+        assert (short_questions((long,))(f"So: {long.text}?") is None) == (n == 13)
 
 
 def looked_up(table):
@@ -488,12 +500,6 @@ def test_vectors_are_asked_for_the_question_and_for_raw_text():
     rows = [row(), {"text": DIFFERENT}, talk, {"source": "x"}]
     assert len(reasons(rows, rules=("embedding",), encode=encode)) == 4
     assert given == ["What is hypertension?", DIFFERENT, "Second?"]
-
-
-def test_our_encoder_serves(tiny):
-    rows = [row("fever after surgery"), row("chest pain and asthma"), row("fever after surgery", DIFFERENT)]
-    found = reasons(rows, rules=("embedding",), encode=tiny.encode, cosine=0.9999)
-    assert found == [None, None, ("embedding", "row 1: cosine 1.000")]
 
 
 def test_settings_are_what_a_caller_has():
