@@ -303,8 +303,8 @@ COMMON = frozenset(content(
 def leak_check(questions, encode=None, cosine=SAME_COSINE):
     """The rule `leak` for benchmark questions: evidence, which names the question's place, or None.
 
-    Where material stands before the question, as PubMedQA's abstract, Scanner looks for both, the other functions for
-    the question alone.
+    Where material stands before the question, as PubMedQA's abstract, Scanner looks for both, fuzzy_copies for the
+    question alone.
     """
     scanner, copies, sentences = Scanner(questions), fuzzy_copies(questions), short_questions(questions)
     vectors = unit(encode([question_alone(one) for one in questions])) if encode else None
@@ -331,7 +331,7 @@ def short_questions(questions):
 
     Scanner looks for no run as short as "Serum is:", which stands in many sentences, and as a sentence in few.
     """
-    table = {tuple(words(question_alone(one))): one.where for one in questions}
+    table = {tuple(words(one.text)): one.where for one in questions}  # never a vignette's last line alone
     table = {key: where for key, where in table.items() if 0 < len(key) < RUN}
 
     def find(text):

@@ -304,7 +304,7 @@ LEAK = {"rules": ("leak",), "questions": QUESTIONS}
     (f"{DIFFERENT} {MEDQA.text} {DIFFERENT}", "question of medqa.jsonl:1: quoted: a 24 year old woman at 39 weeks"),
     ("A text.\nSerum is:\n" + DIFFERENT, "question of medmcqa.jsonl:2: serum is"),
     (f"{DIFFERENT} Does tailored print increase mammography use? {DIFFERENT}",
-     "question of pubmedqa.json: 10808977: does tailored print increase mammography use"),
+     "100% of pubmedqa.json: 10808977: teeth first de tailored print"),
     (f"{DIFFERENT} Telephone counselling is a promising method to promote screening. Little research has compared it.",
      "question of pubmedqa.json: 10808977: quoted: telephone counselling is a promising"),
     ("Horner? Pontine bleed? Argyll Robertson? Uncal herniation? So Hutchinson's pupil, seen where?",
@@ -357,6 +357,8 @@ def test_a_short_question_is_a_whole_sentence():
     assert find("The serum is clear. It serum") is None
     assert find("So? Bu is late. Which type? B.") == "question of c:1: bu is late which type"
     assert find("Bu is late. Not so. Which type?") is None
+    vignette = asked("A man has chest pain.\n\nWhich of the following is the most likely diagnosis?")
+    assert short_questions((vignette,))("Which of the following is the most likely diagnosis?") is None
     for n in (12, 13):  # Scanner finds the longer one
         long = asked(" ".join(f"word{i}" for i in range(n)))
         assert (short_questions((long,))(f"So: {long.text}?") is None) == (n == 13)
