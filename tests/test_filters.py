@@ -283,6 +283,13 @@ def test_names_and_signs_are_no_switch(text):
     assert rule(row(response=text), **LANGUAGE) is None
 
 
+@pytest.mark.parametrize("probability, found", [(0.89, None), (0.9, "language")])
+def test_only_what_is_certain_goes(probability, found, monkeypatch):
+    sure = SimpleNamespace(nb_classes=["de", "en"], classify=lambda text: ("de", probability))
+    monkeypatch.setattr(filters, "language_identifier", lambda: sure)
+    assert rule({"text": DIFFERENT}, **LANGUAGE) == found
+
+
 def test_an_english_term_in_a_text_of_another_script_is_no_switch():
     assert rule(row(CHINESE, f"{CHINESE} CT 和 MRI 检查。{CHINESE}"), languages=("zh",), **LANGUAGE) is None
 
