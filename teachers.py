@@ -1,10 +1,11 @@
 """Teachers: the models that write data, asked over OpenAI's API or run here.
 
     a call whose key is stored is not asked again; any other is asked, its reply stored, then handed out
-    in flight at most L:   L <- L + 1/max(L, 64) a reply;   L <- 0.9 L at the first refusal (429, 503) of a burst
+    in flight at most L:   L <- 0.9 L at the first refusal (429, 503) of a burst, and C <- the L that was refused
+                           L <- L + 1/8 a reply while L < C - 1, then L + 1/128
 
-The limit L rises by one a reply until the first refusal. It is TCP's additive increase and multiplicative decrease
-(Chiu and Jain, 1989), whose L swings between 0.9 and 1 of what the server takes. The one policy of retries is in
+It is TCP's additive increase and multiplicative decrease (Chiu and Jain, 1989), slow where refusals begin; before the
+first refusal L rises by one a reply. So a server is used to 98 %, and refuses 1 %. The one policy of retries is in
 `Server.answer`, what counts as a reply in `calls.dialogue`; a model run here obeys the second too. The client is the
 `openai` package without its own retries (extra `synth`). The key comes from OPENAI_API_KEY and goes nowhere else.
 
@@ -72,7 +73,7 @@ class Gate:
     """
 
     def __init__(self, most):
-        self.limit, self.most, self.flying, self.rising = float(min(8, most)), most, 0, True
+        self.limit, self.most, self.ceiling, self.flying = float(min(8, most)), most, None, 0
         self.cut_at, self.shut_until, self.turns = -math.inf, -math.inf, deque()
 
     async def enter(self, again=False):
@@ -97,14 +98,15 @@ class Gate:
         self.flying -= 1
         if refused:
             if entered > self.cut_at:  # sent after the last cut: a new burst
+                self.cut_at, self.ceiling = loop.time(), int(self.limit)
                 self.limit = max(1.0, min(0.9 * self.limit, self.limit - 1))
-                self.cut_at, self.rising = loop.time(), False
             self.shut_until = max(self.shut_until, loop.time() + retry_after)
             loop.call_later(retry_after, self.let_in)
         elif accepted:
             self.shut_until = -math.inf
             if full:
-                self.limit = min(self.most, self.limit + (1 if self.rising else 1 / max(self.limit, 64)))
+                step = 1 if self.ceiling is None else 1 / 8 if self.limit < self.ceiling - 1 else 1 / 128
+                self.limit = min(self.most, self.limit + step)
         self.let_in()
 
     def let_in(self):
@@ -259,21 +261,24 @@ class Server:
 
     async def answer(self, session, key, messages, parameters, schema):
         """The one policy of retries: a Reply, or after TRIES failures or `patience` seconds one with the failure."""
-        tries, first, loop, plain = 0, None, self.loop, False  # plain: without the schema's format
+        tries, first, verdict, plain, loop = 0, None, None, False, self.loop  # plain: without the schema's format
         while True:
             if session.stopped:
                 raise asyncio.CancelledError
             entered = await self.gate.enter(again=first is not None)
             first = entered if first is None else first
-            verdict, accepted, plain = None, False, plain or schema is None or canonical(schema) in self.plain
+            last, verdict, accepted = verdict, None, False
+            plain = plain or schema is None or canonical(schema) in self.plain
+            seconds = max(0.0, min(self.timeout, first + self.patience - loop.time()))
             body = parameters if plain else {**parameters, "response_format": response_format(schema)}
             self.in_flight.add(asyncio.current_task())
             try:
-                async with asyncio.timeout(max(0.0, min(self.timeout, first + self.patience - loop.time()))):
+                async with asyncio.timeout(seconds):
                     reply, status = await self.post(key, messages, body)
                 accepted = status == 200
             except TimeoutError:
-                verdict = Again(f"no whole reply within {loop.time() - entered:.1f} s", refused=True)
+                verdict = last if last and seconds < self.timeout else Again(
+                    f"no whole reply within {seconds:.1f} s", refused=True)
                 tries += 1
             except Again as error:
                 verdict = error
