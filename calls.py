@@ -57,7 +57,9 @@ class Reply:
 def canonical(value):
     """`value` as JSON text that does not depend on the order of keys. InputError for what JSON cannot hold."""
     try:
-        return json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text.encode()  # a ValueError for half a character
+        return text
     except (TypeError, ValueError) as error:
         raise InputError(f"a call holds a value that is not JSON ({one_line(error)}); expected texts, numbers, "
                          "lists and objects") from None
@@ -245,7 +247,8 @@ def read_completion(key, body):
         said, usage = choice["message"], {name: usage[name] for name in ("prompt_tokens", "completion_tokens")
                                           if isinstance(usage.get(name), int)}
         texts = [said.get(name) for name in ("content", "reasoning", "reasoning_content")]
-        text, *thoughts = [one if isinstance(one, str) else "" for one in texts]
+        text, *thoughts = [one.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half characters: U+FFFD
+                           if isinstance(one, str) else "" for one in texts]
         return Reply(key, redact(text), redact(thoughts[0] or thoughts[1]) or None,
                      finish_reason=redact(choice.get("finish_reason")), usage=usage)
     except (KeyError, IndexError, TypeError, AttributeError):
@@ -261,7 +264,7 @@ def response_format(schema):
 def export_batch(calls, path, model):
     """Writes calls as a batch file of OpenAI's, which `vllm run-batch` reads; returns how many, each key once."""
     written = set()
-    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
+    with written_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
         for call in calls:
             key, asks_json = key_of(model, call), call.schema is not None
             if (short := bytes.fromhex(key)) in written:

@@ -91,18 +91,19 @@ class Gate:
             raise
         return loop.time()
 
-    def leave(self, entered, accepted=False, refused=False, retry_after=0.0):
-        """Gives the place back: the server has `accepted` or `refused` the request, or neither can be said."""
+    def leave(self, entered, outcome, retry_after=0.0):
+        """Gives the place back. The outcome is "answered", "refused", "timed out" or "broken", which says nothing."""
         loop = asyncio.get_running_loop()
         full = self.flying >= int(self.limit)
         self.flying -= 1
-        if refused:
+        if outcome in ("refused", "timed out"):
             if entered > self.cut_at:  # sent after the last cut: a new burst
-                self.cut_at, self.ceiling = loop.time(), int(self.limit)
+                self.cut_at = loop.time()
+                self.ceiling = int(self.limit) if outcome == "refused" else self.ceiling
                 self.limit = max(1.0, min(0.9 * self.limit, self.limit - 1))
             self.shut_until = max(self.shut_until, loop.time() + retry_after)
             loop.call_later(retry_after, self.let_in)
-        elif accepted:
+        elif outcome == "answered":
             self.shut_until = -math.inf
             if full:
                 step = 1 if self.ceiling is None else 1 / 8 if self.limit < self.ceiling - 1 else 1 / 128
@@ -119,11 +120,11 @@ class Gate:
 
 
 class Again(Exception):
-    """A request that failed and may be sent again: why, whether it was refused, and the server's Retry-After in s."""
+    """A request that may be sent again: why, its outcome (see Gate.leave), and the server's Retry-After in seconds."""
 
-    def __init__(self, why, refused=False, retry_after=0.0):
+    def __init__(self, why, outcome="broken", retry_after=0.0):
         super().__init__(why)
-        self.refused, self.retry_after = refused, retry_after
+        self.outcome, self.retry_after = outcome, retry_after
 
 
 class Server:
@@ -190,6 +191,7 @@ class Server:
             self.run(self.drain(session))
             self.unsaved.put((saved := queue.SimpleQueue(), None))
             saved.get()
+            self.finished(session, wait=False)  # raises where a reply could not be stored
         except BaseException:  # a second Ctrl-C
             self.loop.call_soon_threadsafe(lambda: [task.cancel() for task in session.tasks])
             raise
@@ -261,43 +263,45 @@ class Server:
 
     async def answer(self, session, key, messages, parameters, schema):
         """The one policy of retries: a Reply, or after TRIES failures or `patience` seconds one with the failure."""
-        tries, first, verdict, plain, loop = 0, None, None, False, self.loop  # plain: without the schema's format
+        sent = tries = 0
+        first, verdict, plain, loop = None, None, False, self.loop  # plain: without the schema's format
         while True:
             if session.stopped:
                 raise asyncio.CancelledError
             entered = await self.gate.enter(again=first is not None)
             first = entered if first is None else first
-            last, verdict, accepted = verdict, None, False
+            last, verdict = verdict, None
             plain = plain or schema is None or canonical(schema) in self.plain
-            seconds = max(0.0, min(self.timeout, first + self.patience - loop.time()))
             body = parameters if plain else {**parameters, "response_format": response_format(schema)}
+            seconds = max(0.0, min(self.timeout, first + self.patience - loop.time()))
+            outcome, wait = "broken", 0.0
             self.in_flight.add(asyncio.current_task())
             try:
                 async with asyncio.timeout(seconds):
                     reply, status = await self.post(key, messages, body)
-                accepted = status == 200
+                outcome = "answered" if status == 200 else outcome
             except TimeoutError:
-                verdict = last if last and seconds < self.timeout else Again(
-                    f"no whole reply within {seconds:.1f} s", refused=True)
-                tries += 1
+                outcome = "timed out"
+                verdict = last if last and seconds < self.timeout else Again(f"no whole reply within {seconds:.1f} s")
             except Again as error:
-                verdict = error
-                tries += not error.refused
+                verdict, outcome, wait = error, error.outcome, error.retry_after
             finally:
                 self.in_flight.discard(asyncio.current_task())
-                self.gate.leave(entered, accepted, *((verdict.refused, verdict.retry_after) if verdict else ()))
+                self.gate.leave(entered, outcome, wait if wait <= self.patience else 0.0)
             if verdict is None:
                 if not plain and status in (400, 422, 501):
                     plain = True  # the server may not know the format: if the same call succeeds without, it does not
                     continue
-                if plain and schema is not None and accepted:
+                if plain and schema is not None and status == 200:
                     self.plain.add(canonical(schema))
                 return reply
-            self.counts["refused" if verdict.refused else "retried"] += 1
-            pause = min(BACKOFF[1], BACKOFF[0] * 2 ** min(tries, 30)) * random.uniform(0.5, 1)
-            pause = max(pause, verdict.retry_after * random.uniform(1, 1.1))
+            self.counts[outcome] += 1
+            sent, tries = sent + 1, tries + (outcome != "refused")
+            pause = min(BACKOFF[1], BACKOFF[0] * 2 ** min(sent - 1, 30)) * random.uniform(0.5, 1)
+            pause = max(pause, wait * random.uniform(1, 1.1))
             if tries >= TRIES or loop.time() + pause > first + self.patience:
-                return failed(key, f"{verdict}; given up after {loop.time() - first:.0f} s")
+                asks = f"; it asks to wait {wait:,.0f} s" if wait else ""
+                return failed(key, f"{verdict}{asks}; given up after {loop.time() - first:.0f} s")
             await asyncio.sleep(pause)
 
     async def post(self, key, messages, body):
@@ -309,7 +313,7 @@ class Server:
             return read_completion(key, json.loads(raw.http_response.content)), 200
         except self.openai.APIStatusError as error:
             response, status = error.response, error.status_code
-        except self.openai.APIConnectionError as error:
+        except self.openai.OpenAIError as error:
             raise Again(redact(one_line(error.__cause__ or error)) or type(error.__cause__).__name__) from None
         except (ValueError, RecursionError) as error:
             raise Again(f"the reply is broken: {one_line(redact(str(error)))}") from None
@@ -325,7 +329,7 @@ class Server:
         why = f"{status}: {one_line(redact(str(said)))[:300]}"
         if code == "insufficient_quota" or (status < 500 and status not in (408, 409, 425, 429)) or status == 501:
             return failed(key, why), status
-        raise Again(why, status in BUSY, retry_after(response.headers))
+        raise Again(why, "refused" if status in BUSY else "broken", retry_after(response.headers))
 
 
 def retry_after(headers):

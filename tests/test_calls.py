@@ -28,7 +28,7 @@ def store(tmp_path):
 
 def test_the_key_is_a_hash_of_model_messages_parameters_and_schema():
     call = Call(({"role": "user", "content": "Grüße"},), {"temperature": 0.5, "seed": 1}, {"type": "object"})
-    text = ('["m",[{"content":"Gr\\u00fc\\u00dfe","role":"user"}],{"seed":1,"temperature":0.5},{"type":"object"}]')
+    text = ('["m",[{"content":"Grüße","role":"user"}],{"seed":1,"temperature":0.5},{"type":"object"}]')
     import hashlib
     assert key_of("m", call) == hashlib.sha256(text.encode()).hexdigest()
     other_order = Call(({"content": "Grüße", "role": "user"},), {"seed": 1, "temperature": 0.5}, {"type": "object"})
@@ -42,6 +42,7 @@ def test_the_key_is_a_hash_of_model_messages_parameters_and_schema():
 @pytest.mark.parametrize("call, why", [
     (Call(HI, {"stream": True}), "parameter 'stream'"), (Call(HI, {"n": 2}), "parameter 'n'"),
     (Call(HI, {"temperature": float("nan")}), "not JSON"), (Call(HI, {"seed": {1}}), "not JSON"),
+    (Call(({"role": "user", "content": "a\ud83d"},)), "not JSON .*surrogates not allowed"),
     (Call(()), "no messages"), (Call(({"role": "user"},)), "message 1"),
     (Call(HI, schema={"type": "objekt"}), "not a JSON schema"), (Call(HI, schema=["type"]), "not a JSON schema")])
 def test_a_call_that_cannot_be_asked_is_refused(call, why):
@@ -91,6 +92,11 @@ def test_the_key_is_redacted_in_all_of_a_value(monkeypatch):
 def test_what_is_no_completion_is_refused(body):
     with pytest.raises(ValueError, match="no chat completion"):
         read_completion("k", body)
+
+
+def test_half_a_character_becomes_the_replacement_character():
+    reply = read_completion("k", {"choices": [{"message": {"content": "a\ud83db\ud83d\ude00", "reasoning": "\udc00"}}]})
+    assert (reply.text, reply.thought) == ("a\ufffdb😀", "\ufffd")
 
 
 def test_odd_fields_of_a_completion_are_left_out():

@@ -171,8 +171,9 @@ def test_a_longer_wait_than_our_patience_fails_at_once(server, opened):
     server.script = script
     begin = time.monotonic()
     reply, = answers(opened(), ask("a"))
-    assert reply.text is None and reply.failure.startswith("429: tomorrow; given up after 0 s")
-    assert time.monotonic() - begin < 1 and len(server.requests) == 1
+    assert reply.text is None and reply.failure.startswith("429: tomorrow; it asks to wait 60 s; given up after 0 s")
+    others = answers(opened(), *map(ask, "bcd"))  # nor does it keep the others waiting
+    assert all(reply.failure for reply in others) and time.monotonic() - begin < 1 and len(server.requests) == 4
 
 
 @pytest.mark.parametrize("status", [500, 502, 408])
@@ -188,9 +189,9 @@ def test_an_error_of_the_server_is_retried_and_pauses_grow(server, opened, statu
         return await server.echo(request, writer)
     server.script = script
     teacher = opened()
-    assert answers(teacher, ask("a"))[0].text == "to a" and teacher.counts["retried"] == 4
+    assert answers(teacher, ask("a"))[0].text == "to a" and teacher.counts["broken"] == 4
     pauses = [after - before for before, after in itertools.pairwise(times)]
-    for pause, least in zip(pauses, (0.04, 0.08, 0.1, 0.1)):
+    for pause, least in zip(pauses, (0.02, 0.04, 0.08, 0.1)):
         assert least <= pause < least + 0.035
 
 
@@ -292,7 +293,7 @@ def test_time_and_not_tries_bounds_refusals(server, opened):
     server.script = script
     begin = time.monotonic()
     reply, = answers(opened(patience=0.5), ask("a"))
-    assert "429" in reply.failure and len(server.requests) > teachers.TRIES and time.monotonic() - begin < 0.6
+    assert "429" in reply.failure and len(server.requests) > teachers.TRIES and time.monotonic() - begin < 1
 
 
 def test_a_redirect_is_not_followed(server, opened):
@@ -511,6 +512,11 @@ def test_a_store_that_fails_stops_the_caller(server, opened, store, monkeypatch)
     monkeypatch.setattr(store, "put", full)
     with pytest.raises(OSError, match="No space left"):
         list(teacher.ask([ask("a")]))
+    with pytest.raises(OSError, match="No space left"):  # in the drain, too
+        asking = teacher.ask(ask("bc"[i]) for i in range(2) if i == 0 or time.sleep(0.2) is None)
+        monkeypatch.setattr(teachers.Server, "finished", lambda *_, real=teachers.Server.finished, **__: [])
+        threading.Timer(0.1, monkeypatch.undo).start()
+        next(asking)
 
 
 RUN = """
@@ -624,14 +630,14 @@ def test_ninety_percent_of_what_a_server_takes_is_used_and_few_are_refused(place
             if busy == places:
                 await asyncio.sleep(0.002)
                 refused.append(clock.now)
-                gate.leave(entered, refused=True, retry_after=1.0)
+                gate.leave(entered, "refused", retry_after=1.0)
                 await asyncio.sleep(1.0)
                 continue
             busy += 1
             await asyncio.sleep(1 + jitter * (rng.random() - 0.5))
             busy -= 1
             done.append(clock.now)
-            gate.leave(entered, accepted=True)
+            gate.leave(entered, "answered")
 
     async def main():
         gate = Gate(256)
@@ -661,9 +667,10 @@ def with_places(server, places, seconds):
 
 
 def test_a_server_with_few_places_is_spared(server, opened):
-    log, teacher = with_places(server, 8, 0.05), opened(concurrency=64)
+    with_places(server, 8, 0.05)
+    teacher = opened(concurrency=64)
     assert sum(reply.failure is None for _, reply in teacher.ask(map(ask, map(str, range(150))))) == 150
-    assert sum(refused for _, refused in log[75:]) <= 4 and teacher.counts["refused"] > 0
+    assert teacher.counts["refused"] > 0 and 7 <= teacher.pool.gate.limit < 10
 
 
 @pytest.mark.heavy
