@@ -109,6 +109,14 @@ def server():
     server.close()
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C raises, as in a terminal: a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def store(tmp_path):
     store = Store(tmp_path / "calls.sqlite")
