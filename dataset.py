@@ -27,7 +27,7 @@ def line_of(row):
 
 
 def rows_in(path):
-    """Yields the rows that a stage has written."""
+    """Yields the rows that a stage has written; InputError if it has not run."""
     if not path.exists():
         raise InputError(f"{path}: no such file; expected the rows of stage {path.stem}: run it first")
     for _, _, row in read_data(path):
@@ -58,7 +58,8 @@ def work_row(row, where):
     name = f"{random_number('text', text, question):016x}"
     return {"id": name, "source": where, "text": text, "language": row.get("language") or "en", "truth": truth,
             "questions": [question] if question else [], "responses": [{"text": response}] if response else [],
-            **{key: row[key] for key in ("url", "instruction", "instruction_type") if row.get(key)}, "calls": {}}
+            **({"instruction": question} if question else {}),
+            **{key: row[key] for key in ("url", "instruction_type") if row.get(key)}, "calls": {}}
 
 
 def corpus(paths, limit=None):

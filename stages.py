@@ -14,9 +14,10 @@ from itertools import islice
 
 import prompts
 from benchmarks import extracted, split_thought
+from calls import Call, Reply, Store, key_of
+from files import InputError, one_line
 from prompts import COMPLEX, DEPARTMENTS, NO_SPECIALTY, STRATEGIES, UNKNOWN
 from rows import random_number
-from teachers import Call, Reply, Store, key_of
 
 PROOF = {"verified": 2, "judged": 1, "unproven": 0}  # the better proved answer is ranked first; "wrong" is none
 
@@ -78,12 +79,23 @@ class Scores:
         calls = enumerate(calls)
         while part := list(islice(calls, self.batch)):
             pairs = [tuple(message["content"] for message in call.messages) for _, call in part]
-            for (i, call), score in zip(part, self.score(pairs)):
-                reply = Reply(key=key_of(self.model, call), text=repr(float(score)), thought=None,
-                              value={"score": float(score)}, finish_reason="stop", usage={}, repaired=False,
-                              failure=None)
+            try:
+                scores = self.score(pairs)
+            except InputError:  # one does not fit the model's context: each by itself
+                scores = [self.alone(pair) for pair in pairs]
+            for (i, call), score in zip(part, scores):
+                key = key_of(self.model, call)
+                reply = (Reply(key, failure=score) if isinstance(score, str) else
+                         Reply(key, repr(score), value={"score": float(score)}))
                 self.store.put(reply)
                 yield i, reply
+
+    def alone(self, pair):
+        """The score of one pair, or why there is none."""
+        try:
+            return self.score([pair])[0]
+        except InputError as error:
+            return one_line(error)
 
 # ----- scripts: a row, the calls it wants, the row that follows ------------------------------------------------------
 

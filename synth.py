@@ -17,6 +17,8 @@ in the order of the corpus, so the files do not depend on when a reply came.
     python synth.py run --corpus corpus.jsonl --teacher http://localhost:8000/v1 --judge http://localhost:8001/v1 \\
         --out data/finemed
     python synth.py score --teacher local:models/smollm2-135m-instruct --out data/finemed    one stage of it
+    python synth.py export-batch --stage score --batch in.jsonl --teacher URL --teacher-model NAME --out data/finemed
+    python synth.py import-batch --batch out.jsonl --out data/finemed    what `vllm run-batch` made of in.jsonl
     python synth.py judge --data ours.jsonl theirs.jsonl --judge URL --out data/judged       any files
 
 OUT has FineMed-SFT/ and FineMed-DPO/ (sft.py, dpo.py and retrieve.py take them), provenance/ (a line for each of their
@@ -33,6 +35,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks import SHAPES, read_benchmark
+from calls import Reply, Store, export_batch, import_batch, json_in, key_of
 from dataset import card, corpus, data_rows, line_of, release, report, rows_in
 from files import (
     InputError,
@@ -49,9 +53,11 @@ from files import (
     write_json,
     written_aside,
 )
+from parallel import pick_device
 from prompts import CHAIN, version
-from stages import SCRIPTS, TALLIES, Dropped
-from teachers import Reply, Store, Teacher, key_of
+from stages import SCRIPTS, TALLIES, Dropped, Scores
+from teachers import Teacher
+from weights import weights_sha256
 
 
 @dataclass
@@ -65,7 +71,7 @@ class Run:
     ranker: object = None  # scores answers: the judge, or Scores of a reward model
     policy: Teacher | None = None  # writes the rejected answers, if they are to be on-policy
     filtered: object = None  # filters.filtered
-    settings: dict = field(default_factory=dict)  # of the filters
+    settings: object = None  # filters.Settings
     attempts: int = 3  # at a trace that was found wrong
     seed: int = 0
     failed: dict = field(default_factory=dict)  # {key: why there is no reply}
@@ -85,13 +91,20 @@ class Run:
 # ----- a stage -------------------------------------------------------------------------------------------------------
 
 
-def reply_of(run, key):
+def reply_of(run, key, call):
     """The stored Reply of a call, or one that says why there is none, or None if it is still to be asked."""
     reply = run.store.get(key)
-    if reply and not reply.failure:
+    if reply and not reply.failure and fits(reply, call.schema):
         return reply
-    return Reply(key=key, text=None, thought=None, value=None, finish_reason=None, usage={}, repaired=False,
-                 failure=run.failed[key]) if key in run.failed else None
+    return Reply(key, failure=run.failed[key]) if key in run.failed else None
+
+
+def fits(reply, schema):
+    """Whether a reply is JSON of the schema: one that was imported may not be, and the teacher then has it repaired."""
+    try:
+        return schema is None or json_in(reply.text, schema) == reply.value
+    except InputError:
+        return False
 
 
 def played(run, stage, row):
@@ -109,7 +122,7 @@ def played(run, stage, row):
                     raise InputError(f"{stage}: a row wants a model that is not given; expected --teacher, and --judge "
                                      "for judge")
                 key = key_of(teacher.model, call)
-                if reply := reply_of(run, key):
+                if reply := reply_of(run, key, call):
                     had[key] = teacher.model, reply
                     replies.append(reply)
                 else:
@@ -136,22 +149,21 @@ def settle(run, stage, rows):
     while found:
         found = False
         for teacher in run.teachers():
-            flying = set()  # the same call of two rows is asked once
+            flying = {}  # {key: Call}: the same call of two rows is asked once
 
             def calls(teacher=teacher, flying=flying):
                 for key, call in missing_calls(run, stage, rows, teacher):
-                    if key not in flying and reply_of(run, key) is None:  # it may have come since the row was played
-                        flying.add(key)
+                    if key not in flying and not reply_of(run, key, call):  # it may have come by now
+                        flying[key] = call
                         yield call
             bar = tqdm(desc=f"{stage}: {teacher.model}", unit="call", delay=2, disable=None, file=sys.stderr)
-            for _, reply in teacher.ask(calls()):
-                found = True
-                flying.discard(reply.key)
-                if reply.failure:
-                    run.failed[reply.key] = reply.failure
-                    run.note({"key": reply.key, "stage": stage, "model": teacher.model, "reason": reply.failure})
-                bar.update()
-            bar.close()
+            with bar, contextlib.closing(teacher.ask(calls())) as replies:
+                for _, reply in replies:
+                    found, call = True, flying.pop(reply.key)
+                    if why := reply.failure or (None if fits(reply, call.schema) else "JSON that was not asked for"):
+                        run.failed[reply.key] = why
+                        run.note({"key": reply.key, "stage": stage, "model": teacher.model, "reason": why})
+                    bar.update()
             if flying:
                 raise RuntimeError(f"{stage}: {len(flying)} calls to {teacher.model} came back without a reply")
 
@@ -195,11 +207,9 @@ def written(run, stage, results, name=None, used=None):
     return state
 
 
-def filtered(run, stage, rows):
+def filtered(run, rows):
     """A filter's (row, None or (rule, evidence)) of rows; all are kept where there is no filter."""
-    if run.filtered is None:
-        return ((row, None) for row in rows)
-    return run.filtered(rows, run.settings | {"stage": stage})
+    return run.filtered(rows, run.settings) if run.filtered else ((row, None) for row in rows)
 
 # ----- the whole -----------------------------------------------------------------------------------------------------
 
@@ -212,7 +222,7 @@ def chain(run, stages, first):
         if stage in SCRIPTS:
             run_stage(run, stage, rows)
         else:
-            written(run, stage, filtered(run, stage, rows()))
+            written(run, stage, filtered(run, rows()))
         if stage == "filter":
             release(run)
         rows = lambda stage=stage: rows_in(run.path("stages", stage))
@@ -272,14 +282,22 @@ def price(text):
     return model, (read, wrote)
 
 
+def kind_and_file(text):
+    kind, _, file = text.partition("=")
+    if not file or kind not in SHAPES:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected KIND=FILE with one of {', '.join(SHAPES)}")
+    return kind, file
+
+
 def parse_args(argv):
     parser = Parser(prog="synth.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def flag(name, text, default=None, **more):
         shown = "" if default is None else f" (default: {default})"
         parser.add_argument(name, default=default, help=text + shown, **more)
-    parser.add_argument("command", choices=("run", "preview", *CHAIN, "judge", "report"), metavar="COMMAND",
-                        help=f"run, preview N, or one stage: {', '.join(CHAIN)}, judge, report")
+    commands = ("run", "preview", *CHAIN, "judge", "report", "export-batch", "import-batch")
+    parser.add_argument("command", choices=commands, metavar="COMMAND",
+                        help=f"run, preview N, report, export-batch, import-batch, or a stage: {', '.join(CHAIN)}, judge")
     parser.add_argument("n", nargs="?", type=whole(1), help="preview: how many texts")
     flag("--corpus", "run, preview, texts: rows with text", nargs="+", metavar="FILE")
     flag("--data", "one stage: its rows, instead of those of the stage before; judge: data sets", nargs="+",
@@ -292,13 +310,21 @@ def parse_args(argv):
                        ("policy", "its answers become the rejected ones (default: plain ones of the teacher)")):
         flag(f"--{role}", f"{text}; an address such as http://localhost:8000/v1, or local:DIR", metavar="URL")
         flag(f"--{role}-model", "its name at that address, if there are several", metavar="NAME")
+    flag("--reward", "a reward model that ranks, a LlamaForSequenceClassification (default: the judge)", metavar="DIR")
     flag("--same-judge", "the judge may be a model that writes; without --judge, the teacher", action="store_true")
     flag("--allow-remote", "an address may be another machine's, which then sees the corpus", action="store_true")
     flag("--concurrency", "calls at a time, at most", type=whole(1))
     flag("--retry-failed", "asks again what failed.jsonl lists", action="store_true")
     flag("--attempts", "at a trace that was found wrong", 3, type=whole(0))
     flag("--limit", "only the first so many texts", type=whole(1))
+    flag("--benchmark", "questions that no row may hold", type=kind_and_file, nargs="+", default=[],
+         metavar="KIND=FILE")
+    flag("--languages", "of the rows that are kept, as ISO 639-1", ["en"], nargs="+", metavar="CODE")
     flag("--no-filter", "keeps duplicates, leaks and spam", action="store_true")
+    flag("--stage", "export-batch: whose missing calls are written", choices=[*SCRIPTS], metavar="STAGE")
+    flag("--role", "export-batch: whose calls", "teacher", choices=("teacher", "reasoner", "judge", "policy"))
+    flag("--batch", "export-batch writes it, import-batch reads it, in OpenAI's batch format", metavar="FILE")
+    flag("--device", "of a reward model", "auto", choices=("auto", "cpu", "cuda"))
     flag("--licence", "of the sources, for the card (default: not stated)")
     flag("--price", "for the estimate, of a million tokens read and written", type=price, nargs="+", default=[],
          metavar="MODEL=READ,WRITTEN")
@@ -311,6 +337,8 @@ def parse_args(argv):
         parser.error(f"{args.command}: expected --corpus FILE")
     if args.command == "judge" and (not args.data or (args.against and len(args.data) > 1)):
         parser.error("judge: expected --data FILE…, or one FILE and --against another")
+    if args.command.endswith("batch") and (not args.batch or (args.command == "export-batch" and not args.stage)):
+        parser.error(f"{args.command}: expected --batch FILE{' and --stage' * (args.command == 'export-batch')}")
     return args
 
 
@@ -322,24 +350,37 @@ def opened(args, stack):
     if args.retry_failed:
         (out / "failed.jsonl").unlink(missing_ok=True)
     failed = {row["key"]: row["reason"] for _, row in finished_rows(out / "failed.jsonl", b'{"key": ')}
-    run = Run(out, Store(out / "calls"), attempts=args.attempts, seed=args.seed, failed=failed,
+    run = Run(out, Store(out / "calls.sqlite"), attempts=args.attempts, seed=args.seed, failed=failed,
               note=stack.enter_context(appended(out / "failed.jsonl")), prices=dict(args.price), licence=args.licence)
     for role in ("teacher", "reasoner", "judge", "policy"):
         if spec := getattr(args, role):
             settings = {"concurrency": args.concurrency} if args.concurrency else {}
             setattr(run, role, Teacher.open(spec, run.store, model=getattr(args, f"{role}_model"),
-                                            allow_remote=args.allow_remote, **settings))
+                                            allow_remote=args.allow_remote,
+                                            retry_failed=args.retry_failed, **settings))
     run.reasoner = run.reasoner or run.teacher
     run.judge = run.judge or (run.teacher if args.same_judge else None)
-    run.ranker = run.judge
+    run.ranker = reward_scores(args, run.store) if args.reward else run.judge
     if not args.same_judge:
         check_judge(run, args.data or ())
     run.sources = [{"path": str(path), "rows": sum(1 for _ in read_data(path)), "sha256": sha256(path)}
                    for path in args.corpus or ()]
     if not args.no_filter and {"texts", "filter", "run", "preview"} & {args.command}:
-        from filters import filtered
-        run.filtered = filtered
+        from filters import Settings, filtered
+        questions = [question for kind, file in args.benchmark for question in read_benchmark(kind, file)]
+        run.filtered, run.settings = filtered, Settings(questions=questions, languages=tuple(args.languages))
     return run
+
+
+def reward_scores(args, store):
+    """The reward model of --reward as a teacher whose replies are scores."""
+    from reward import load_reward, rewards
+    model, tokenizer = load_reward(args.reward, pick_device(args.device))
+
+    def score(pairs):
+        return rewards(model, tokenizer, [[{"role": "user", "content": question},
+                                           {"role": "assistant", "content": text}] for question, text in pairs])
+    return Scores(f"reward:{Path(args.reward).name}@{weights_sha256(args.reward)[:12]}", score, store)
 
 
 def check_judge(run, data):
@@ -360,13 +401,13 @@ def tidy(out):
         aside.write_bytes(b"".join(line_of(rows[key]) for key in sorted(rows)))
 
 
-def rows_for(run, args):
-    """A function that yields the rows of the stage that is run by itself."""
-    if args.command == "texts":
-        return lambda: corpus(args.corpus, args.limit)
-    if args.data:
-        return lambda: corpus(args.data, args.limit)
-    before = CHAIN[CHAIN.index(args.command) - 1]
+def rows_for(run, args, stage):
+    """A function that yields the rows of a stage that is run by itself."""
+    if stage == "judge" and args.data:
+        return lambda: (row for path in args.data for row in data_rows(path))
+    if stage == "texts" or args.data:
+        return lambda: corpus(args.data or args.corpus, args.limit)
+    before = CHAIN[CHAIN.index(stage) - 1]
     return lambda: islice(rows_in(run.path("stages", before)), args.limit)
 
 
@@ -376,6 +417,14 @@ def main(argv=None):
         run = opened(args, stack)
         if args.command == "preview":
             found = preview(run, args)
+        elif args.command == "export-batch":
+            teacher, rows = getattr(run, args.role), rows_for(run, args, args.stage)
+            if teacher is None:
+                raise InputError(f"export-batch: found no --{args.role}; expected the model whose calls are exported")
+            calls = (call for _, call in missing_calls(run, args.stage, rows, teacher))
+            found = {"exported": export_batch(calls, args.batch, teacher.model)}
+        elif args.command == "import-batch":
+            found = import_batch(args.batch, run.store)
         elif args.command == "judge":
             files = {Path(file).stem: file for file in args.data}
             if len(files) < len(args.data):
@@ -387,10 +436,10 @@ def main(argv=None):
                 if run.judge:
                     judge_files(run, {"FineMed-SFT": run.path("stages", "filter")})
             elif args.command != "report":
-                chain(run, [args.command], rows_for(run, args))
+                chain(run, [args.command], rows_for(run, args, args.command))
             found = report(run, keep=args.command != "run")
     tidy(run.out)
-    if args.json or args.command in ("preview", "judge"):
+    if args.json or "stages" not in found:
         print(json.dumps(found, ensure_ascii=False, indent=None if args.json else 2))
     else:
         print(card(found))

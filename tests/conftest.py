@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import model as M
+from calls import Reply, key_of
 from encoder import Encoder
-from teachers import Reply, key_of
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -394,8 +394,8 @@ class Killed(Exception):
 
 
 class MemoryStore(dict):
-    def put(self, reply):
-        self[reply.key] = reply
+    def put(self, *replies):
+        self.update({reply.key: reply for reply in replies})
 
 
 class FakeTeacher:

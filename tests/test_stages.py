@@ -8,10 +8,11 @@ from conftest import FakeTeacher, MemoryStore
 import prompts
 import stages
 from benchmarks import extracted
+from calls import Call, key_of
 from dataset import work_row
+from files import InputError
 from stages import Dropped, Scores, together
 from synth import Run
-from teachers import Call, key_of
 
 TEXT, Q = "Warfarin needs monitoring.", "Which drug needs its INR watched?"
 OPTIONS = {"A": "Heparin", "B": "Warfarin", "C": "Aspirin", "D": "Clopidogrel"}
@@ -413,6 +414,14 @@ def test_a_function_scores_in_batches_and_its_scores_are_stored():
              for i in range(7)]
     assert [(i, reply.value) for i, reply in ranker.ask(calls)] == [(i, {"score": i / 4}) for i in range(7)]
     assert sizes == [3, 3, 1] and store[key_of("reward", calls[5])].value == {"score": 1.25}
+
+    def narrow(pairs):
+        if any(len(answer) > 4 for _, answer in pairs):
+            raise InputError("too long")
+        return score(pairs)
+    replies = [reply for _, reply in Scores("narrow", narrow, store, batch=4).ask(calls)]
+    assert [(reply.value, reply.failure) for reply in replies] == [
+        ({"score": i / 4}, None) if i < 5 else (None, "too long") for i in range(7)]
     row, asked = ranked(None, ("xx", "unproven"), ("xxx", "unproven"), ranker=ranker)
     assert row["response"] == "xxx" and row["ranking"] == [2 / len(Q), 3 / len(Q)]
     assert [one["content"] for one in asked[0][1].messages] == [Q, "xx"]

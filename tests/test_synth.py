@@ -9,13 +9,14 @@ import pytest
 from conftest import FakeTeacher, Killed, MemoryStore, write_jsonl
 
 import prompts
+import stages
 import synth
+from calls import Call, Reply
 from files import InputError
 from retrieve import read_records
 from rows import messages_of, pair_of
 from stages import Scores
 from synth import Run, chain, compare_files, corpus, judge_files, main, report, settle
-from teachers import Reply
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -229,7 +230,8 @@ def test_failures_are_noted_not_asked_again_and_retried_on_request(tmp_path, sou
     noted = []
     run = go(run_of(tmp_path / "a", note=noted.append), source)
     assert noted and {row["key"] for row in noted} == {*run.failed}
-    assert {row["reason"] for row in noted} == {"timed out"} and {row["model"] for row in noted} == {"teacher", "judge"}
+    assert {row["reason"] for row in noted} == {"timed out", "JSON that was not asked for"}
+    assert {row["model"] for row in noted} == {"teacher", "judge"}
     assert any(row["evidence"] == "timed out" for stage in synth.CHAIN for row in rows(run, stage, "dropped"))
     again = go(run_of(tmp_path / "b", run.store), source)  # a run without those failures
     assert {*again.teacher.asked, *again.judge.asked} == {*run.failed}
@@ -255,6 +257,13 @@ def test_a_teacher_that_does_not_reply_ends_the_run(tmp_path):
         settle(run, "ask", lambda: iter([{"id": "1", "text": "gout", "questions": [], "calls": {}}]))
 
 
+def test_json_that_does_not_fit_is_a_failure_not_asked_for_ever(tmp_path):
+    run, path = run_of(tmp_path, ranker=None, judge=None), write_jsonl(tmp_path / "c.jsonl", [{"text": "gout"}])
+    run.teacher.answer = lambda call: {"question_1": "Why?"}
+    settle(run, "ask", lambda: corpus([path]))
+    assert [*run.failed.values()] == ["JSON that was not asked for"] and len(run.teacher.asked) == 1
+
+
 def test_a_stage_without_its_model_says_so(tmp_path):
     path = write_jsonl(tmp_path / "c.jsonl", [{"text": "gout"}])
     with pytest.raises(InputError, match="ask: a row wants a model that is not given; expected --teacher"):
@@ -271,9 +280,9 @@ def test_other_rooms_have_their_hooks(tmp_path, source):
     store = MemoryStore()
     ranker = Scores("reward", lambda pairs: [float(len(text)) for _, text in pairs], store)
     policy = FakeTeacher(store, lambda call: "Short.", "policy")
-    run = go(run_of(tmp_path, store, filtered=filtered, settings={"language": "en"}, ranker=ranker, policy=policy),
+    run = go(run_of(tmp_path, store, filtered=filtered, settings="as given", ranker=ranker, policy=policy),
              source)
-    assert seen == [{"language": "en", "stage": "texts"}, {"language": "en", "stage": "filter"}]
+    assert seen == ["as given"] * 2
     lost = rows(run, "texts", "dropped")
     assert len(lost) == 12 and {(row["rule"], row["evidence"]) for row in lost} == {("spam", "it shouts")}
     assert rows(run, "filter", "dropped")
@@ -308,7 +317,7 @@ def servers(monkeypatch):
 
     class Opened:
         @classmethod
-        def open(cls, spec, store, *, model=None, allow_remote=False, concurrency=None):
+        def open(cls, spec, store, *, model=None, allow_remote=False, retry_failed=False):
             made[spec] = FakeTeacher(store, answer, model or spec)
             return made[spec]
     monkeypatch.setattr(synth, "Teacher", Opened)
@@ -377,10 +386,17 @@ def test_failed_calls_wait_for_retry_failed(tmp_path, source, servers):
     (["run", "--corpus", "c", "--out", "o", "--price", "T=1"], "expected MODEL=READ,WRITTEN"),
     (["run", "--corpus", "c", "--out", "o", "--price", "T=1,-2"], "expected MODEL=READ,WRITTEN"),
     (["judge", "--data", "a/c.jsonl", "b/c.jsonl", "--out", "o"], "two files have one name; expected different names"),
+    (["export-batch", "--batch", "b", "--out", "o"], "export-batch: expected --batch FILE and --stage"),
+    (["import-batch", "--out", "o"], "import-batch: expected --batch FILE"),
+    (["export-batch", "--batch", "b", "--stage", "ask", "--out", "o"], "found no --teacher"),
+    (["run", "--corpus", "c", "--out", "o", "--benchmark", "medq=x"], "expected KIND=FILE with one of medqa"),
     (["classified", "--out", "o"], "invalid choice"),
 ])
 def test_wrong_flags_are_refused(flags, message, tmp_path, monkeypatch, servers):
     monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "c", [{"text": "gout"}])
+    (tmp_path / "o/stages").mkdir(parents=True)
+    write_jsonl(tmp_path / "o/stages/classify.jsonl", [{"text": "gout"}])
     with pytest.raises(InputError) as error:
         main(flags)
     assert message in str(error.value)
@@ -398,6 +414,38 @@ def test_a_model_does_not_judge_itself_without_saying_so(tmp_path, source, serve
         main(["judge", "--data", *data, "--judge", "T", "--out", str(tmp_path / "b")])
     main(["judge", "--data", *data, "--judge", "T", "--same-judge", "--out", str(tmp_path / "b")])
     main(["judge", "--data", *data, "--judge", "J", "--out", str(tmp_path / "b")])
+
+
+def test_a_batch_that_another_engine_answered_is_the_online_run(tmp_path, source, servers, capsys):
+    """Its replies come shuffled, one in thirty is missing, and a schema is not known where they are imported."""
+    flags = ["--teacher", "T", "--judge", "J", "--no-filter"]
+    main(["run", "--corpus", source, "--out", str(tmp_path / "a"), *flags])
+    out, batch, rng, sent = ["--out", str(tmp_path / "b"), *flags], tmp_path / "batch.jsonl", random.Random(1), 0
+    main(["texts", "--corpus", source, *out])
+    for stage in synth.CHAIN[1:]:
+        for role in ("teacher", "judge") * 2 if stage in stages.SCRIPTS else ():
+            main(["export-batch", "--stage", stage, "--role", role, "--batch", str(batch), *out])
+            replies = []
+            for line in batch.read_text().splitlines():
+                row = json.loads(line)
+                body = row.pop("body")
+                schema = body.pop("response_format", {"json_schema": {"schema": None}})["json_schema"]["schema"]
+                messages, model = tuple(body.pop("messages")), body.pop("model")
+                reply = servers[model].reply(Call(messages, body, schema))
+                assert row["custom_id"].partition(".")[0] == reply.key
+                if not reply.failure and rng.random() > 0.03:
+                    message = {"role": "assistant", "content": reply.text, "reasoning": reply.thought}
+                    replies.append({"custom_id": row["custom_id"], "response": {"status_code": 200, "body": {
+                        "choices": [{"message": message, "finish_reason": "stop"}], "usage": reply.usage}}})
+            rng.shuffle(replies)
+            sent += len(replies)
+            main(["import-batch", "--batch", write_jsonl(tmp_path / "replies.jsonl", replies or [" "]), *out])
+        main([stage, *out])
+        sent -= len(servers["T"].asked) + len(servers["J"].asked)
+    assert sent > 200
+    a, b = (files_of(tmp_path / name) for name in "ab")
+    del a["stages/judge-FineMed-SFT.json"], a["stages/judge-FineMed-SFT.jsonl"], a["dropped/judge-FineMed-SFT.jsonl"]
+    assert [name for name in a if a[name] != b.get(name)] == ["README.md", "failed.jsonl", "manifest.json"]
 
 
 def test_a_stage_before_its_time_names_the_missing_file(tmp_path, servers):
