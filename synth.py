@@ -297,7 +297,7 @@ def parse_args(argv):
         parser.add_argument(name, default=default, help=text + shown, **more)
     commands = ("run", "preview", *CHAIN, "judge", "report", "export-batch", "import-batch")
     parser.add_argument("command", choices=commands, metavar="COMMAND",
-                        help=f"run, preview N, report, export-batch, import-batch, or a stage: {', '.join(CHAIN)}, judge")
+                        help=f"run, preview N, report, export-batch, import-batch, a stage: {', '.join(CHAIN)}, judge")
     parser.add_argument("n", nargs="?", type=whole(1), help="preview: how many texts")
     flag("--corpus", "run, preview, texts: rows with text", nargs="+", metavar="FILE")
     flag("--data", "one stage: its rows, instead of those of the stage before; judge: data sets", nargs="+",

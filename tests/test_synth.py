@@ -251,7 +251,7 @@ def test_a_teacher_that_does_not_reply_ends_the_run(tmp_path):
     class Silent(FakeTeacher):
         def ask(self, calls):
             list(calls)
-            return iter(())
+            yield from ()
     run = run_of(tmp_path, teacher=Silent(MemoryStore(), answer))
     with pytest.raises(RuntimeError, match="1 calls to fake came back without a reply"):
         settle(run, "ask", lambda: iter([{"id": "1", "text": "gout", "questions": [], "calls": {}}]))
