@@ -347,18 +347,19 @@ def test_run_and_stages_by_themselves_give_the_same(tmp_path, source, servers, c
 
 def test_preview_shows_rows_in_full_and_the_run_does_not_pay_again(tmp_path, source, servers, capsys):
     flags = ["--corpus", source, "--teacher", "T", "--judge", "J", "--out", str(tmp_path), "--no-filter"]
-    main(["preview", "5", "--price", "T=1,2", *flags])
+    main(["preview", "20", "--price", "T=1,2", *flags])
     text = capsys.readouterr().out
     shown, estimate = text[:text.rindex("\n{")], json.loads(text[text.rindex("\n{"):])
     assert [line for line in shown.splitlines() if line.startswith("-----")] == [
-        f"----- {source}:{i}" for i in range(1, 6)]
-    assert shown.count("\ntext: ") == 5 and "response: " in shown and "scores: " in shown and "department: " in shown
+        f"----- {source}:{i}" for i in range(1, 21)]
+    assert shown.count("\ntext: ") == 20
+    assert all(f"\n{name}: " in shown for name in ("rule", "response", "scores", "department"))
     asked = servers["T"].asked
-    assert (estimate["texts"], estimate["previewed"]) == (48, 5)
+    assert (estimate["texts"], estimate["previewed"]) == (48, 20)
     failed = [json.loads(line)["key"] for line in (tmp_path / "failed.jsonl").read_text().splitlines()]
     paid = len([key for key in asked if key not in failed])
-    assert estimate["models"]["T"]["calls"] == round(len(asked) * 48 / 5)
-    assert estimate["models"]["T"]["cost"] == round(round(paid * (10 * 1 + 3 * 2) / 1e6, 4) * 48 / 5, 2)
+    assert estimate["models"]["T"]["calls"] == round(len(asked) * 48 / 20)
+    assert estimate["models"]["T"]["cost"] == round(round(paid * (10 * 1 + 3 * 2) / 1e6, 4) * 48 / 20, 2)
     main(["run", *flags])
     assert not {*asked} & {*servers["T"].asked} and len(servers["T"].asked) > len(asked)
 
