@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import model as M
+from calls import Reply, key_of
 from encoder import Encoder
 from tokenizer import Tokenizer
 
@@ -384,3 +385,48 @@ def held_elsewhere(path):
         assert process.stdout.readline() == "held\n"
         yield process
         process.kill()
+
+# ----- a teacher that is a function ----------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Ends a run as SIGKILL does: the replies in flight are lost."""
+
+
+class MemoryStore(dict):
+    def put(self, *replies):
+        self.update({reply.key: reply for reply in replies})
+
+
+class FakeTeacher:
+    """Answers each call by `answer(call)`: a text, a dict as JSON, an Exception as a failure, (thought, text), or a
+    finished Reply's fields. It has three calls in flight, whose replies come in another order than they were asked."""
+
+    def __init__(self, store, answer, model="fake", lives=None):
+        self.store, self.answer, self.model, self.lives, self.asked = store, answer, model, lives, []
+
+    def reply(self, call):
+        key, said = key_of(self.model, call), self.answer(call)
+        thought, said = said if isinstance(said, tuple) else (None, said)
+        failure = str(said) if isinstance(said, Exception) else None
+        text = None if failure else json.dumps(said) if isinstance(said, dict) else said
+        return Reply(key=key, text=text, thought=thought, value=said if isinstance(said, dict) else None,
+                     finish_reason="stop", usage={"prompt_tokens": 10, "completion_tokens": 3}, repaired=False,
+                     failure=failure)
+
+    def ask(self, calls):
+        rng, flying, calls = random.Random(0), [], enumerate(calls)
+        while True:
+            while len(flying) < 3 and (one := next(calls, None)):
+                flying.append(one)
+                self.asked.append(key_of(self.model, one[1]))
+            if not flying:
+                return
+            if self.lives == 0:
+                raise Killed
+            self.lives = self.lives and self.lives - 1
+            i, call = flying.pop(rng.randrange(len(flying)))
+            reply = self.reply(call)
+            if not reply.failure:
+                self.store.put(reply)
+            yield i, reply
