@@ -35,15 +35,11 @@ from urllib.parse import urlsplit
 from calls import (
     MAX_REPLY_BYTES,
     UNFINISHED,
-    Call,
     Reply,
-    Store,
     api_key,
     canonical,
     dialogue,
-    export_batch,
     failed,
-    import_batch,
     json_in,
     key_of,
     read_completion,
@@ -58,7 +54,6 @@ from parallel import pick_device
 from tokenizer import Tokenizer
 from weights import DTYPES, stop_ids_of, weights_sha256
 
-__all__ = ["Call", "Reply", "Store", "Teacher", "export_batch", "import_batch", "key_of"]
 TRIES = 5  # requests of one call that may fail; refusals do not count, only time bounds them
 BACKOFF = (0.5, 30.0)  # seconds: the first pause before a retry, which doubles, and the longest
 BUSY = (429, 503, 529)

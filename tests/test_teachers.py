@@ -18,9 +18,10 @@ import torch
 from conftest import ROOT, tiny
 
 import teachers
+from calls import Call, Reply, Store, export_batch, import_batch, key_of
 from files import InputError, resident
 from generate import generate
-from teachers import Call, Gate, Local, Reply, Store, Teacher, export_batch, import_batch, key_of
+from teachers import Gate, Local, Teacher
 from weights import weights_sha256
 
 pytest.importorskip("openai", reason="no openai: pip install -e '.[synth]'")
@@ -530,7 +531,8 @@ def test_a_store_that_fails_stops_the_caller(server, opened, store, monkeypatch)
 RUN = """
 import sys
 from files import run_main
-from teachers import Call, Store, Teacher
+from calls import Call, Store
+from teachers import Teacher
 def main():
     teacher = Teacher.open(sys.argv[1], Store(sys.argv[2]), model="m", concurrency=6)
     for _, reply in teacher.ask(Call(({"role": "user", "content": str(i)},)) for i in range(40)):
