@@ -178,9 +178,10 @@ def test_a_longer_wait_than_our_patience_fails_at_once(server, opened):
         return 429, {"retry-after": "60"}, {"error": {"message": "tomorrow"}}
     server.script = script
     begin = time.monotonic()
-    reply, = answers(opened(), ask("a"))
+    teacher = opened()
+    reply, = answers(teacher, ask("a"))
     assert reply.text is None and reply.failure.startswith("429: tomorrow; it asks to wait 60 s; given up after 0 s")
-    others = answers(opened(), *map(ask, "bcd"))  # nor does it keep the others waiting
+    others = answers(teacher, *map(ask, "bcd"))  # nor does it keep the others waiting
     assert all(reply.failure for reply in others) and time.monotonic() - begin < 1 and len(server.requests) == 4
 
 
@@ -332,7 +333,9 @@ def test_the_key_is_sent_and_then_in_no_reply_error_log_or_file(server, opened, 
     async def script(request, writer):
         return scripts[request["messages"][-1]["content"]]()
     server.script = script
-    found = answers(opened(), *(ask(name, {"type": "object"} if name == "json" else None) for name in scripts))
+    teacher = opened()
+    logging.getLogger("openai").setLevel(logging.DEBUG)  # as a curious user might
+    found = answers(teacher, *(ask(name, {"type": "object"} if name == "json" else None) for name in scripts))
     store.close()
     assert server.headers[0]["authorization"] == f"Bearer {SECRET}"
     assert (found[0].text, found[0].thought) == ("it is [key].", "Hm, [key]")
@@ -520,11 +523,35 @@ def test_a_store_that_fails_stops_the_caller(server, opened, store, monkeypatch)
     monkeypatch.setattr(store, "put", full)
     with pytest.raises(OSError, match="No space left"):
         list(teacher.ask([ask("a")]))
-    with pytest.raises(OSError, match="No space left"):  # in the drain, too
-        asking = teacher.ask(ask("bc"[i]) for i in range(2) if i == 0 or time.sleep(0.2) is None)
-        monkeypatch.setattr(teachers.Server, "finished", lambda *_, real=teachers.Server.finished, **__: [])
-        threading.Timer(0.1, monkeypatch.undo).start()
-        next(asking)
+
+
+def test_a_store_that_fails_in_the_drain_is_reported(server, opened, store, monkeypatch):
+    async def script(request, writer):
+        await asyncio.sleep(0.2 * (request["messages"][-1]["content"] == "b"))
+        return await server.echo(request, writer)
+    server.script = script
+    asking = opened().ask([ask("a"), ask("b")])
+    assert next(asking)[1].text == "to a"
+
+    def full(*replies):
+        if replies:
+            raise OSError(28, "No space left on device", "calls.sqlite")
+    monkeypatch.setattr(store, "put", full)
+    with pytest.raises(OSError, match="No space left"):
+        asking.close()
+
+
+def test_nothing_is_retried_in_the_drain(server, opened, store):
+    async def script(request, writer):
+        if request["messages"][-1]["content"] == "a":
+            return await server.echo(request, writer)
+        await asyncio.sleep(0.1)
+        return 500, {}, {}
+    server.script = script
+    asking = opened().ask([ask("a"), ask("b")])
+    next(asking)
+    asking.close()
+    assert server.asked() == ["a", "b"] and store.get(key_of("m", ask("b"))) is None
 
 
 RUN = """
@@ -606,6 +633,44 @@ def test_a_run_that_is_stopped_asks_again_at_most_what_was_in_flight(server, tmp
     check_resumed(server, tmp_path / "calls.sqlite", 6 if how == signal.SIGKILL else 0)
 
 # ----- how many at once -----------------------------------------------------------------------------------------------
+
+
+def in_loop(main):
+    """Runs a coroutine function with a Gate of at most 64 whose limit is 10."""
+    async def run():
+        gate = Gate(64)
+        gate.limit = 10.0
+        return await main(gate)
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("outcome, limit, ceiling", [("refused", 9.0, 10), ("timed out", 9.0, None),
+                                                     ("broken", 10.0, None), ("answered", 10.0, None)])
+def test_what_an_outcome_does_to_the_limit(outcome, limit, ceiling):
+    async def main(gate):
+        gate.leave(await gate.enter(), outcome)
+        assert (gate.limit, gate.ceiling, gate.flying) == (limit, ceiling, 0)
+    in_loop(main)
+
+
+def test_a_request_that_comes_again_goes_first_and_one_that_leaves_frees_its_place():
+    async def main(gate):
+        gate.limit, order = 1.0, []
+
+        async def enter(name, again):
+            await gate.enter(again)
+            order.append(name)
+        entered = await gate.enter()
+        waiting = [asyncio.create_task(enter(name, name == "again")) for name in ("new", "again", "last")]
+        await asyncio.sleep(0)
+        gate.leave(entered, "broken")  # lets "again" in, which is cancelled before it knows
+        waiting[1].cancel()
+        await asyncio.sleep(0.01)
+        assert order == ["new"] and gate.flying == 1
+        gate.leave(entered, "broken")
+        await asyncio.wait(waiting)
+        assert order == ["new", "last"] and gate.flying == 1
+    in_loop(main)
 
 
 class Clock:
