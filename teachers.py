@@ -378,8 +378,8 @@ def open_client(url, concurrency, timeout):
     if not key.isascii() or not key.isprintable():
         raise InputError("OPENAI_API_KEY: found characters that no HTTP header holds; expected a key")
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    http = openai.DefaultAsyncHttpxClient(transport=Bounded(limits=limits, trust_env=False), follow_redirects=False,
-                                          trust_env=False, timeout=timeout)
+    transport = Bounded(limits=limits, trust_env=False)  # a given transport also keeps proxies out
+    http = openai.DefaultAsyncHttpxClient(transport=transport, follow_redirects=False, timeout=timeout)
     return openai.AsyncOpenAI(api_key=key or "none", base_url=url, max_retries=0, http_client=http,
                               default_headers={"Accept-Encoding": "identity"}), openai
 

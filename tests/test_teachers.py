@@ -282,7 +282,9 @@ def test_a_hostile_body_is_bounded_retried_and_ends_as_a_failure(server, opened,
         return await (script if request["messages"][-1]["content"] == "b" else server.echo)(request, writer)
     server.script = on_b_only
     begin = time.monotonic()
-    first, second, third = answers(opened(timeout=0.2), *map(ask, "abc"))
+    teacher = opened(timeout=0.2)
+    first, second, third = answers(teacher, *map(ask, "abc"))
+    assert teacher.counts["timed out" if script in (hang, drip) else "broken"] == 2
     assert (first.text, third.text) == ("to a", "to c") and second.text is None and why in second.failure
     assert server.asked().count("b") == 2 and time.monotonic() - begin < 1.5
 
@@ -303,6 +305,18 @@ def test_time_and_not_tries_bounds_refusals(server, opened):
     begin = time.monotonic()
     reply, = answers(opened(patience=0.5), ask("a"))
     assert "429" in reply.failure and len(server.requests) > teachers.TRIES and time.monotonic() - begin < 1
+
+
+def test_patience_bounds_a_request_too(server, opened):
+    server.script, begin = hang, time.monotonic()
+    reply, = answers(opened(patience=0.2), ask("a"))
+    assert reply.failure.startswith("no whole reply within 0.2 s") and time.monotonic() - begin < 1
+
+
+def test_no_proxy_of_the_environment_sees_the_texts(server, opened, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert answers(opened(), ask("a"))[0].text == "to a"
 
 
 def test_a_redirect_is_not_followed(server, opened):
@@ -670,6 +684,12 @@ def test_a_request_that_comes_again_goes_first_and_one_that_leaves_frees_its_pla
         gate.leave(entered, "broken")
         await asyncio.wait(waiting)
         assert order == ["new", "last"] and gate.flying == 1
+        waiting = [asyncio.create_task(enter(name, name == "again")) for name in ("new", "again")]
+        await asyncio.sleep(0)
+        gate.leave(entered, "broken")
+        await asyncio.sleep(0.01)
+        assert order[2:] == ["again"]
+        waiting[0].cancel()
     in_loop(main)
 
 
@@ -820,7 +840,7 @@ def test_without_the_extra_the_error_names_it(server, store, monkeypatch):
 
 class Letters:
     """A tokenizer of the tiny model: a prompt's ids are its characters', an answer's text is its ids."""
-    silent = frozenset((9,))
+    silent = frozenset(range(10, 60))
 
     def decode(self, ids):
         return " ".join(map(str, ids))
@@ -849,13 +869,19 @@ def test_a_local_teacher_gives_what_generate_gives(local):
                 break
         kinds.add((ids[-1] in local.pool.stop_ids, room))
         if ids[-1] in local.pool.stop_ids:
-            assert reply.text == " ".join(str(i) for i in ids[:-1] if i != 9) and reply.finish_reason == "stop"
+            assert (reply.text or "") == " ".join(str(i) for i in ids[:-1] if not 10 <= i < 60) and reply.finish_reason == "stop"
         else:
             assert reply.failure == "cut by length at 40 tokens"
         assert local.store.get(reply.key) == reply
     assert len(kinds) >= 2, kinds
     before = local.counts["requests"]
     assert len(answers(local, *given)) == 7 and local.counts["requests"] == before
+
+
+def test_the_defaults_of_a_local_teacher_are_the_apis():
+    assert dict(teachers.settings_of({})) == {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 1024, "seed": 0}
+    assert dict(teachers.settings_of({"max_completion_tokens": 5, "seed": 2})) == {
+        "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 5, "seed": 2}
 
 
 def test_a_local_teacher_says_what_it_cannot_do(local):
