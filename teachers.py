@@ -5,7 +5,7 @@
                            L <- L + 1/8 a reply while L < C - 1, then L + 1/128
 
 It is TCP's additive increase and multiplicative decrease (Chiu and Jain, 1989), slow where refusals begin; before the
-first refusal L rises by one a reply. So a server is used to 98 %, and refuses 1 %. The one policy of retries is in
+first refusal L rises by one a reply. A server of 48 places was used to 95 %. The one policy of retries is in
 `Server.answer`, what counts as a reply in `calls.dialogue`; a model run here obeys the second too. The client is the
 `openai` package without its own retries (extra `synth`). The key comes from OPENAI_API_KEY and goes nowhere else.
 
