@@ -5,7 +5,7 @@
                            L <- L + 1/8 a reply while L < C - 1, then L + 1/128
 
 It is TCP's additive increase and multiplicative decrease (Chiu and Jain, 1989), slow where refusals begin; before the
-first refusal L rises by one a reply. So a server is used to 98 %, and refuses 1 %. The one policy of retries is in
+first refusal L rises by one a reply. A server of 48 places was used to 95 %. The one policy of retries is in
 `Server.answer`, what counts as a reply in `calls.dialogue`; a model run here obeys the second too. The client is the
 `openai` package without its own retries (extra `synth`). The key comes from OPENAI_API_KEY and goes nowhere else.
 
@@ -373,8 +373,8 @@ def open_client(url, concurrency, timeout):
     if not key.isascii() or not key.isprintable():
         raise InputError("OPENAI_API_KEY: found characters that no HTTP header holds; expected a key")
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    http = openai.DefaultAsyncHttpxClient(transport=Bounded(limits=limits, trust_env=False), follow_redirects=False,
-                                          trust_env=False, timeout=timeout)
+    transport = Bounded(limits=limits, trust_env=False)  # a given transport also keeps proxies out
+    http = openai.DefaultAsyncHttpxClient(transport=transport, follow_redirects=False, timeout=timeout)
     return openai.AsyncOpenAI(api_key=key or "none", base_url=url, max_retries=0, http_client=http,
                               default_headers={"Accept-Encoding": "identity"}), openai
 

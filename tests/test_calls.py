@@ -9,7 +9,19 @@ import threading
 import pytest
 
 import calls
-from calls import UNFINISHED, Call, Reply, Store, export_batch, import_batch, json_in, key_of, read_completion, redact
+from calls import (
+    UNFINISHED,
+    Call,
+    Reply,
+    Store,
+    export_batch,
+    failed,
+    import_batch,
+    json_in,
+    key_of,
+    read_completion,
+    redact,
+)
 from files import InputError
 
 pytest.importorskip("jsonschema", reason="no jsonschema: pip install -e '.[synth]'")
@@ -68,21 +80,25 @@ def test_what_is_no_json_is_refused_in_one_line(text):
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-def test_the_schema_decides_and_its_references_stay_here():
+def test_the_schema_decides_and_its_references_stay_here(monkeypatch):
     assert json_in('{"score": 1}', SCHEMA) == {"score": 1}
     with pytest.raises(InputError, match=r"reply\['score'\] does not fit the schema \('a' is not of type 'integer'\)"):
         json_in('{"score": "a"}', SCHEMA)
     with pytest.raises(InputError) as error:
         json_in(json.dumps({"score": "a" * 5000}), SCHEMA)
     assert len(str(error.value)) < 300
+    asked = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda *given, **_: asked.append(given))
     with pytest.raises(Exception, match="Unresolvable"):
         json_in("{}", {"$ref": "http://127.0.0.1:1/schema.json"})
+    assert not asked
 
 
 def test_the_key_is_redacted_in_all_of_a_value(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", " sk-abcdef ")
     assert redact({"sk-abcdef": ["a sk-abcdef.", 1, None, {"b": "sk-abcdef" * 2}]}) == {
         "[key]": ["a [key].", 1, None, {"b": "[key][key]"}]}
+    assert failed("k", "x" * 494 + "sk-abcdef\nb").failure == "x" * 494 + "[key] "
     monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
     assert redact("EMPTY") == "EMPTY"
 

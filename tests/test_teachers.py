@@ -179,9 +179,10 @@ def test_a_longer_wait_than_our_patience_fails_at_once(server, opened):
         return 429, {"retry-after": "60"}, {"error": {"message": "tomorrow"}}
     server.script = script
     begin = time.monotonic()
-    reply, = answers(opened(), ask("a"))
+    teacher = opened()
+    reply, = answers(teacher, ask("a"))
     assert reply.text is None and reply.failure.startswith("429: tomorrow; it asks to wait 60 s; given up after 0 s")
-    others = answers(opened(), *map(ask, "bcd"))  # nor does it keep the others waiting
+    others = answers(teacher, *map(ask, "bcd"))  # nor does it keep the others waiting
     assert all(reply.failure for reply in others) and time.monotonic() - begin < 1 and len(server.requests) == 4
 
 
@@ -282,7 +283,9 @@ def test_a_hostile_body_is_bounded_retried_and_ends_as_a_failure(server, opened,
         return await (script if request["messages"][-1]["content"] == "b" else server.echo)(request, writer)
     server.script = on_b_only
     begin = time.monotonic()
-    first, second, third = answers(opened(timeout=0.2), *map(ask, "abc"))
+    teacher = opened(timeout=0.2)
+    first, second, third = answers(teacher, *map(ask, "abc"))
+    assert teacher.counts["timed out" if script in (hang, drip) else "broken"] == 2
     assert (first.text, third.text) == ("to a", "to c") and second.text is None and why in second.failure
     assert server.asked().count("b") == 2 and time.monotonic() - begin < 1.5
 
@@ -303,6 +306,18 @@ def test_time_and_not_tries_bounds_refusals(server, opened):
     begin = time.monotonic()
     reply, = answers(opened(patience=0.5), ask("a"))
     assert "429" in reply.failure and len(server.requests) > teachers.TRIES and time.monotonic() - begin < 1
+
+
+def test_patience_bounds_a_request_too(server, opened):
+    server.script, begin = hang, time.monotonic()
+    reply, = answers(opened(patience=0.2), ask("a"))
+    assert reply.failure.startswith("no whole reply within 0.2 s") and time.monotonic() - begin < 1
+
+
+def test_no_proxy_of_the_environment_sees_the_texts(server, opened, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert answers(opened(), ask("a"))[0].text == "to a"
 
 
 def test_a_redirect_is_not_followed(server, opened):
@@ -333,7 +348,9 @@ def test_the_key_is_sent_and_then_in_no_reply_error_log_or_file(server, opened, 
     async def script(request, writer):
         return scripts[request["messages"][-1]["content"]]()
     server.script = script
-    found = answers(opened(), *(ask(name, {"type": "object"} if name == "json" else None) for name in scripts))
+    teacher = opened()
+    logging.getLogger("openai").setLevel(logging.DEBUG)  # as a curious user might
+    found = answers(teacher, *(ask(name, {"type": "object"} if name == "json" else None) for name in scripts))
     store.close()
     assert server.headers[0]["authorization"] == f"Bearer {SECRET}"
     assert (found[0].text, found[0].thought) == ("it is [key].", "Hm, [key]")
@@ -521,11 +538,35 @@ def test_a_store_that_fails_stops_the_caller(server, opened, store, monkeypatch)
     monkeypatch.setattr(store, "put", full)
     with pytest.raises(OSError, match="No space left"):
         list(teacher.ask([ask("a")]))
-    with pytest.raises(OSError, match="No space left"):  # in the drain, too
-        asking = teacher.ask(ask("bc"[i]) for i in range(2) if i == 0 or time.sleep(0.2) is None)
-        monkeypatch.setattr(teachers.Server, "finished", lambda *_, real=teachers.Server.finished, **__: [])
-        threading.Timer(0.1, monkeypatch.undo).start()
-        next(asking)
+
+
+def test_a_store_that_fails_in_the_drain_is_reported(server, opened, store, monkeypatch):
+    async def script(request, writer):
+        await asyncio.sleep(0.2 * (request["messages"][-1]["content"] == "b"))
+        return await server.echo(request, writer)
+    server.script = script
+    asking = opened().ask([ask("a"), ask("b")])
+    assert next(asking)[1].text == "to a"
+
+    def full(*replies):
+        if replies:
+            raise OSError(28, "No space left on device", "calls.sqlite")
+    monkeypatch.setattr(store, "put", full)
+    with pytest.raises(OSError, match="No space left"):
+        asking.close()
+
+
+def test_nothing_is_retried_in_the_drain(server, opened, store):
+    async def script(request, writer):
+        if request["messages"][-1]["content"] == "a":
+            return await server.echo(request, writer)
+        await asyncio.sleep(0.1)
+        return 500, {}, {}
+    server.script = script
+    asking = opened().ask([ask("a"), ask("b")])
+    next(asking)
+    asking.close()
+    assert server.asked() == ["a", "b"] and store.get(key_of("m", ask("b"))) is None
 
 
 RUN = """
@@ -608,6 +649,50 @@ def test_a_run_that_is_stopped_asks_again_at_most_what_was_in_flight(server, tmp
     check_resumed(server, tmp_path / "calls.sqlite", 6 if how == signal.SIGKILL else 0)
 
 # ----- how many at once -----------------------------------------------------------------------------------------------
+
+
+def in_loop(main):
+    """Runs a coroutine function with a Gate of at most 64 whose limit is 10."""
+    async def run():
+        gate = Gate(64)
+        gate.limit = 10.0
+        return await main(gate)
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("outcome, limit, ceiling", [("refused", 9.0, 10), ("timed out", 9.0, None),
+                                                     ("broken", 10.0, None), ("answered", 10.0, None)])
+def test_what_an_outcome_does_to_the_limit(outcome, limit, ceiling):
+    async def main(gate):
+        gate.leave(await gate.enter(), outcome)
+        assert (gate.limit, gate.ceiling, gate.flying) == (limit, ceiling, 0)
+    in_loop(main)
+
+
+def test_a_request_that_comes_again_goes_first_and_one_that_leaves_frees_its_place():
+    async def main(gate):
+        gate.limit, order = 1.0, []
+
+        async def enter(name, again):
+            await gate.enter(again)
+            order.append(name)
+        entered = await gate.enter()
+        waiting = [asyncio.create_task(enter(name, name == "again")) for name in ("new", "again", "last")]
+        await asyncio.sleep(0)
+        gate.leave(entered, "broken")  # lets "again" in, which is cancelled before it knows
+        waiting[1].cancel()
+        await asyncio.sleep(0.01)
+        assert order == ["new"] and gate.flying == 1
+        gate.leave(entered, "broken")
+        await asyncio.wait(waiting)
+        assert order == ["new", "last"] and gate.flying == 1
+        waiting = [asyncio.create_task(enter(name, name == "again")) for name in ("new", "again")]
+        await asyncio.sleep(0)
+        gate.leave(entered, "broken")
+        await asyncio.sleep(0.01)
+        assert order[2:] == ["again"]
+        waiting[0].cancel()
+    in_loop(main)
 
 
 class Clock:
@@ -757,7 +842,7 @@ def test_without_the_extra_the_error_names_it(server, store, monkeypatch):
 
 class Letters:
     """A tokenizer of the tiny model: a prompt's ids are its characters', an answer's text is its ids."""
-    silent = frozenset((9,))
+    silent = frozenset(range(10, 60))
 
     def decode(self, ids):
         return " ".join(map(str, ids))
@@ -786,13 +871,20 @@ def test_a_local_teacher_gives_what_generate_gives(local):
                 break
         kinds.add((ids[-1] in local.pool.stop_ids, room))
         if ids[-1] in local.pool.stop_ids:
-            assert reply.text == " ".join(str(i) for i in ids[:-1] if i != 9) and reply.finish_reason == "stop"
+            shown = " ".join(str(i) for i in ids[:-1] if i not in Letters.silent)
+            assert (reply.text or "") == shown and reply.finish_reason == "stop"
         else:
             assert reply.failure == "cut by length at 40 tokens"
         assert local.store.get(reply.key) == reply
     assert len(kinds) >= 2, kinds
     before = local.counts["requests"]
     assert len(answers(local, *given)) == 7 and local.counts["requests"] == before
+
+
+def test_the_defaults_of_a_local_teacher_are_the_apis():
+    assert dict(teachers.settings_of({})) == {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 1024, "seed": 0}
+    assert dict(teachers.settings_of({"max_completion_tokens": 5, "seed": 2})) == {
+        "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 5, "seed": 2}
 
 
 def test_a_local_teacher_says_what_it_cannot_do(local):
