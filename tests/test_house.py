@@ -211,9 +211,10 @@ def is_main(node):
 @pytest.mark.parametrize("room", ROOMS)
 def test_nothing_happens_at_import(room):
     definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    parts = (ast.FunctionDef, ast.AsyncFunctionDef, ast.AnnAssign, ast.Assign, ast.Pass)
     for node in tree_of(ROOT / f"{room}.py").body:
         assert isinstance(node, definitions) or is_constant(node) or is_docstring(node) or is_main(node), \
             f"{room}.py:{node.lineno}: {ast.unparse(node)[:80]}"
         for inner in node.body if isinstance(node, ast.ClassDef) else ():
-            assert isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef, ast.AnnAssign, ast.Assign, ast.Pass)) or is_docstring(inner), \
+            assert isinstance(inner, parts) or is_docstring(inner), \
                 f"{room}.py:{inner.lineno}: {ast.unparse(inner)[:80]}"
