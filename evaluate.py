@@ -154,14 +154,16 @@ def generated(run, asked):
     return rows
 
 
-def measured(run, questions, arms, vectors):
+def measured(run, questions, arms):
     """({(question number, arm): row}, [{arm, questions, seconds, memory_gb}]) of a few questions under all arms."""
     kinds = {kind for arm in arms for kind in (arm.train, arm.context) if kind}
     k = max((arm.k for arm in arms if arm.train or arm.context), default=0)
     records, notes, rows, timings = {}, {}, {}, []
-    for question, vector in zip(questions, vectors):
-        for kind, found in records_of_kinds(run, question, vector, kinds, k).items():
-            records[question.number, kind], notes[question.number, kind] = found
+    if kinds and questions:
+        vectors = run.encoder.encode([question.text for question in questions], is_query=True)
+        for question, vector in zip(questions, vectors):
+            for kind, found in records_of_kinds(run, question, vector, kinds, k).items():
+                records[question.number, kind], notes[question.number, kind] = found
     measure = generated if run.args.measure == "generate" else scored
     for arm in arms:
         begin_peak(run.world.device)
@@ -231,14 +233,13 @@ def evaluate(args, world):
             for question in questions]
     if any(arms for _, arms in left):
         load(run)
-    chunk, threads = args.batch_size * world.size, Threads()
-    vectors = run.encoder.encode([question.text for question in questions], is_query=True) if run.encoder else None
+    chunk = args.batch_size * world.size
     bar = tqdm(total=len(questions), desc="questions", unit="question", file=sys.stderr,
                disable=None if world.rank == 0 else True)
-    writers = contextlib.ExitStack()
-    with writers:
+    with contextlib.ExitStack() as stack:
+        threads = stack.enter_context(contextlib.closing(Threads()))
         if world.rank == 0:
-            append, note = (writers.enter_context(appended(out / name)) for name in ("results.jsonl", "timings.jsonl"))
+            append, note = (stack.enter_context(appended(out / name)) for name in ("results.jsonl", "timings.jsonl"))
         for begin in range(0, len(questions), chunk):
             part = left[begin:begin + chunk]
             if any(arms for _, arms in part):
@@ -246,8 +247,7 @@ def evaluate(args, world):
                 first = begin + world.rank * args.batch_size  # a batch holds the same questions on any number of ranks
                 mine = range(first, min(first + args.batch_size, begin + len(part)))
                 try:
-                    own = measured(run, [questions[i] for i in mine], args.arms,
-                                   [vectors[i] if run.encoder else None for i in mine])
+                    own = measured(run, [questions[i] for i in mine], args.arms)
                 except (InputError, OSError) as error:  # raised on every rank, because none may wait for another
                     own = error
                 found = from_all(world, own)
