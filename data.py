@@ -187,6 +187,11 @@ def collate(examples, packed=None):
             "tokens": sum(len(ids) for _, ids, _ in examples)}
 
 
+def on_device(batch, device):
+    """A micro-batch with its tensors on `device`."""
+    return {key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items()}
+
+
 def rounded_up(n, multiple):
     """The smallest multiple of `multiple` that is at least n."""
     return n + -n % multiple

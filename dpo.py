@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import collate_pairs, render_pairs, rows_of_answers, split_step
+from data import collate_pairs, on_device, render_pairs, rows_of_answers, split_step
 from fast import answer_logps, has_fast_bf16, return_freed_memory
 from files import InputError, Parser, number, parse_json, run_main, written_aside
 from parallel import all_sum, computed_on_rank_0, from_all, stop
@@ -43,7 +43,7 @@ from run import (
     schedule,
     shown,
 )
-from train import fit, on_device
+from train import fit
 from weights import open_safetensors, stored_dtypes, write_safetensors
 
 LOSSES = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm")

@@ -46,7 +46,7 @@ from benchmarks import (
     read_benchmark,
 )
 from chat import render_chat
-from data import answer_ids, collate_answers
+from data import answer_ids, collate_answers, on_device
 from fast import Threads, answer_logps, reuse_freed_memory
 from files import (
     InputError,
@@ -57,7 +57,6 @@ from files import (
     number,
     read_json,
     read_text,
-    resident,
     run_main,
     sha256,
     whole,
@@ -66,7 +65,7 @@ from files import (
 from generate import generate_batch
 from leaks import MASKED, leaks_command
 from model import load_model
-from parallel import computed_on_rank_0, from_all, start, stop
+from parallel import computed_on_rank_0, from_all, peak_memory, start, stop
 from report import (
     ENDPOINTS,
     OUR_ROW,
@@ -110,9 +109,7 @@ def scored(run, asked):
     answers = [answers_of(run, question) for question, _ in asked]
     batch = collate_answers([("", *(np.array(ids, np.int32) for ids in (prompt, *ids)))
                              for (_, prompt), (_, ids) in zip(asked, answers)])
-    batch = {name: value.to(run.world.device) if isinstance(value, torch.Tensor) else value
-             for name, value in batch.items()}
-    logps = iter(answer_logps(run.model, batch).tolist())
+    logps = iter(answer_logps(run.model, on_device(batch, run.world.device)).tolist())
     rows = []
     for (question, _), (texts, ids) in zip(asked, answers):
         own = [next(logps) for _ in texts]
@@ -157,14 +154,16 @@ def generated(run, asked):
     return rows
 
 
-def measured(run, questions, arms, vectors):
+def measured(run, questions, arms):
     """({(question number, arm): row}, [{arm, questions, seconds, memory_gb}]) of a few questions under all arms."""
     kinds = {kind for arm in arms for kind in (arm.train, arm.context) if kind}
     k = max((arm.k for arm in arms if arm.train or arm.context), default=0)
     records, notes, rows, timings = {}, {}, {}, []
-    for question, vector in zip(questions, vectors):
-        for kind, found in records_of_kinds(run, question, vector, kinds, k).items():
-            records[question.number, kind], notes[question.number, kind] = found
+    if kinds and questions:
+        vectors = run.encoder.encode([question.text for question in questions], is_query=True)
+        for question, vector in zip(questions, vectors):
+            for kind, found in records_of_kinds(run, question, vector, kinds, k).items():
+                records[question.number, kind], notes[question.number, kind] = found
     measure = generated if run.args.measure == "generate" else scored
     for arm in arms:
         begin_peak(run.world.device)
@@ -183,7 +182,7 @@ def measured(run, questions, arms, vectors):
                     found += measure(run, [(question, prompt)])
                 found[-1] |= {"applied": report.applied} | ({"reason": report.reason} if report.reason else {})
         timings.append({"arm": arm.name, "questions": len(questions), "seconds": round(time.perf_counter() - start, 4),
-                        "memory_gb": round(peak(run.world.device) / 1e9, 3)})
+                        "memory_gb": round(peak_memory(run.world.device) / 1e9, 3)})
         for question, row in zip(questions, found):
             kind = arm.train or arm.context
             used = records[question.number, kind][:arm.k] if kind else []
@@ -196,15 +195,11 @@ def measured(run, questions, arms, vectors):
 
 
 def begin_peak(device):
-    """Lets `peak` count from here on."""
+    """Lets `peak_memory` count from here on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: VmHWM becomes VmRSS
-
-
-def peak(device):
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
 
 # ----- a run ---------------------------------------------------------------------------------------------------------
 
@@ -238,14 +233,13 @@ def evaluate(args, world):
             for question in questions]
     if any(arms for _, arms in left):
         load(run)
-    chunk, threads = args.batch_size * world.size, Threads()
-    vectors = run.encoder.encode([question.text for question in questions], is_query=True) if run.encoder else None
+    chunk = args.batch_size * world.size
     bar = tqdm(total=len(questions), desc="questions", unit="question", file=sys.stderr,
                disable=None if world.rank == 0 else True)
-    writers = contextlib.ExitStack()
-    with writers:
+    with contextlib.ExitStack() as stack:
+        threads = stack.enter_context(contextlib.closing(Threads()))
         if world.rank == 0:
-            append, note = (writers.enter_context(appended(out / name)) for name in ("results.jsonl", "timings.jsonl"))
+            append, note = (stack.enter_context(appended(out / name)) for name in ("results.jsonl", "timings.jsonl"))
         for begin in range(0, len(questions), chunk):
             part = left[begin:begin + chunk]
             if any(arms for _, arms in part):
@@ -253,8 +247,7 @@ def evaluate(args, world):
                 first = begin + world.rank * args.batch_size  # a batch holds the same questions on any number of ranks
                 mine = range(first, min(first + args.batch_size, begin + len(part)))
                 try:
-                    own = measured(run, [questions[i] for i in mine], args.arms,
-                                   [vectors[i] if run.encoder else None for i in mine])
+                    own = measured(run, [questions[i] for i in mine], args.arms)
                 except (InputError, OSError) as error:  # raised on every rank, because none may wait for another
                     own = error
                 found = from_all(world, own)

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from files import InputError
+from files import InputError, resident
 
 # ----- processes -----------------------------------------------------------------------------------------------------
 
@@ -47,6 +47,11 @@ def pick_device(name="auto"):
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return "cpu"
+
+
+def peak_memory(device):
+    """The most bytes that this process has held, on the GPU or in main memory."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
 
 
 def start(device="auto", replicate=1):

@@ -178,17 +178,14 @@ def show(summary):
                "s a question", "GB"]
     table = []
     for name, arm in summary["arms"].items():
-        cells = [f"{arm['mean']:.4f}", interval(arm, ".4f")]
-        if measure == "generate":
-            cells = [f"{arm['accuracy']:.1%}", f"{arm['accuracy_low']:.1%} to {arm['accuracy_high']:.1%}"]
-        elif measure == "loglik":
-            cells += [f"{arm['accuracy']:.1%}", f"{arm['accuracy_low']:.1%} to {arm['accuracy_high']:.1%}"]
+        cells = [f"{arm['mean']:.4f}", interval(arm, ".4f")] if measure != "generate" else []
+        if measure != "bpb":
+            cells += [f"{arm['accuracy']:.1%}", accuracy_interval(arm)]
         table.append([name, *cells, *(f"{arm[key]:.2f}" if key in arm else "" for key in ("seconds", "memory_gb"))])
     print_table(["arm", *columns], table)
     for name, arm in summary["arms"].items():
         for kind, own in arm.get("by_kind", {}).items():
-            print(f"{name}, {kind}: {own['accuracy']:.1%} of {own['n']} "
-                  f"({own['accuracy_low']:.1%} to {own['accuracy_high']:.1%})")
+            print(f"{name}, {kind}: {own['accuracy']:.1%} of {own['n']} ({accuracy_interval(own)})")
         if arm.get("not_adapted"):
             print(f"{name}: {arm['not_adapted']} of {arm['n']} questions were answered without a step")
         if measure == "loglik":
@@ -232,6 +229,10 @@ def as_text(value, form):
 
 def interval(found, form):
     return f"{as_text(found['low'], form)} to {as_text(found['high'], form)}"
+
+
+def accuracy_interval(found):
+    return f"{found['accuracy_low']:.1%} to {found['accuracy_high']:.1%}"
 
 
 def print_table(columns, rows):

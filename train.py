@@ -31,11 +31,11 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import load_tensors, look, save_tensors
-from data import split_step, steps_of_epochs
+from data import on_device, split_step, steps_of_epochs
 from fast import Threads, return_freed_memory
-from files import InputError, naming, read_jsonl, resident, written_aside
+from files import InputError, naming, read_jsonl, written_aside
 from model import Llama, open_checkpoint
-from parallel import World, all_sum, first_row, local, shard, sharded_like
+from parallel import World, all_sum, first_row, local, peak_memory, shard, sharded_like
 from rounding import slices, stochastic_rounder
 from rows import random_number
 from weights import checkpoint_names, parameter_count, read_rows
@@ -173,10 +173,6 @@ def epochs_of(examples, *, batch_size, budget, seed, world, tokens, collate):
             yield rows, [collate([examples[row] for row in bin_]) for bin_ in bins]
     return batches
 
-
-def on_device(batch, device):
-    """A micro-batch with its tensors on `device`."""
-    return {key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items()}
 
 # ----- one step ------------------------------------------------------------------------------------------------------
 
@@ -354,13 +350,6 @@ def open_metrics(out, step):
     with written_aside(path) as aside:
         aside.write_text("".join(lines), encoding="utf-8")
     return open(path, "a", encoding="utf-8")
-
-
-def peak_memory(device):
-    """The most bytes that this process has held, on the GPU or in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resident("VmHWM")
 
 
 def step_flops(config, tokens):

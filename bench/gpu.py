@@ -99,10 +99,9 @@ def decode_theirs(folder, **settings):
 def evaluate_ours(folder, texts=16, prompt=400):
     """Tokens per second of 16 texts together and of one, 256 new tokens each; questions per second whose four letters
     are scored, 16 in a pass. The second time of each."""
-    from data import collate_answers
+    from data import collate_answers, on_device
     from fast import answer_logps
     from generate import generate_batch
-    from train import on_device
     reuse_freed_memory()
     model, rates = M.load_model(folder, "cuda"), {}
     prompts = [random_ids(prompt - 10 * i, i).tolist() for i in range(texts)]

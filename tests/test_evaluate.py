@@ -277,6 +277,21 @@ def test_a_run_that_was_cut_off_anywhere_ends_in_the_same_file(files, base, whol
         json.loads((whole / "summary.json").read_text()))
 
 
+def test_busy_cores_are_left_before_each_batch_and_taken_again_at_the_end(files, base, tmp_path, monkeypatch):
+    """Else the runs of a ladder could lose threads and never get them back."""
+    order = []
+
+    class Watched(evaluate.Threads):
+        def leave_busy_cores(self):
+            order.append("threads")
+
+        def close(self):
+            order.append("closed")
+    monkeypatch.setattr(evaluate, "Threads", Watched)
+    run(files, base, tmp_path / "run", "bpb", "--limit", "3", "--batch-size", "2")
+    assert order == ["threads", "threads", "closed"]
+
+
 def test_a_finished_run_loads_nothing(files, base, whole, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "load", None)
     evaluate.main(arguments(files, base, whole, "bpb", *SIX, "--json"))
