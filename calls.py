@@ -26,7 +26,8 @@ from files import InputError, one_line, parse_json, read_jsonl, written_aside
 from messages import check_messages
 
 MAX_REPLY_BYTES = 16 << 20  # a reply of 8,192 tokens has 40 KB
-DOUBLINGS = 2  # how often a cut reply is asked again with twice the room
+MORE_ROOM = 1  # how often a cut reply is asked again with twice the room: a poor teacher fills any
+THINKING = 4096  # tokens more for one that was cut in its thought
 ENDED = ("stop", "eos_token", None)  # the finish reasons of a whole reply; some servers give none
 OURS = ("model", "messages", "stream", "n", "response_format", "tools")  # parameters that are no caller's
 UNFINISHED = "imported, but not usable as it is; to be asked again"
@@ -154,10 +155,10 @@ def dialogue(key, call, counts):
     the Reply that this gave, and returns the call's Reply.
 
         a text that ended            is the reply; with a schema, if its JSON fits
-        a text that was cut          is asked again with twice the room, DOUBLINGS times
+        a text that was cut          is asked again with twice the room, MORE_ROOM times; in its thought, with more
         JSON that is wrong           is shown to the teacher with the fault, once
     """
-    messages, parameters, repaired, doublings, usage = list(call.messages), dict(call.parameters), False, 0, Counter()
+    messages, parameters, repaired, cuts, usage = list(call.messages), dict(call.parameters), False, 0, Counter()
     while True:
         answer = yield messages, parameters
         limit = next((name for name in ("max_completion_tokens", "max_tokens") if parameters.get(name)), "max_tokens")
@@ -168,12 +169,13 @@ def dialogue(key, call, counts):
         def give_up(why, answer=answer):
             return replace(answer, text=None, failure=failed(key, why).failure)
         if answer.failure:
-            return give_up(("cut by length, then " if doublings else "") + answer.failure)
+            return give_up(("cut by length, then " if cuts else "") + answer.failure)
         if answer.finish_reason == "length":
-            if doublings == DOUBLINGS:
+            if cuts == MORE_ROOM:
                 return give_up(f"cut by length at {room:,} tokens")
             counts["cut"] += 1
-            doublings, parameters = doublings + 1, {**parameters, limit: 2 * room}
+            thinks = answer.thought if not answer.text else "<think>" in answer.text and "</think>" not in answer.text
+            cuts, parameters = cuts + 1, {**parameters, limit: 2 * room + (THINKING if thinks else 0)}
         elif answer.finish_reason not in ENDED:
             return give_up(f"finish_reason {answer.finish_reason!r}")
         elif not answer.text.strip():
@@ -255,7 +257,10 @@ def read_completion(key, body):
         raise ValueError("found no chat completion") from None
 
 
-def response_format(schema):
+def response_format(schema, form="json_schema"):
+    """The parameter by which a server is given a schema: OpenAI's form, or the one that llama-cpp-python takes."""
+    if form == "json_object":
+        return {"type": "json_object", "schema": schema}
     return {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": schema}}
 
 # ----- batch files ---------------------------------------------------------------------------------------------------

@@ -124,7 +124,9 @@ def schema(**properties):
 
 
 def within(name):
-    return {"type": "integer", "minimum": RANGES[name][0], "maximum": RANGES[name][1]}
+    """Whole numbers in a range, one by one: more servers hold a reply to a list than to a minimum and a maximum."""
+    low, high = RANGES[name]
+    return {"type": "integer", "enum": [*range(low, high + 1)]}
 
 
 def schema_of(name):
@@ -140,15 +142,17 @@ def schema_of(name):
             "compare": schema(better={"enum": ["first", "second", "equal"]})}.get(name)
 
 
-# The original's where FACTS are known. It allows a name 10 tokens, which cuts "Otorhinolaryngology (ENT)" off.
-CHECK = {"temperature": 0, "max_tokens": 512}
+# The sampling is the original's. It allows a name 10 tokens, which cuts "Otorhinolaryngology (ENT)" off. A form has two
+# or three times the room of a right reply, because a teacher that cannot write JSON fills all of it, and calls.dialogue
+# gives the reply that was cut more room once, and a thought more than that.
+CHECK, SCORES = {"temperature": 0, "max_tokens": 512}, {"temperature": 0, "max_tokens": 64}
 ANSWER = {"temperature": 1, "top_p": 0.9, "max_tokens": 4096}
 PARAMETERS = {
     "department": {"temperature": 0, "max_tokens": 24}, "specialty": {"temperature": 0, "max_tokens": 24},
-    "questions": {"temperature": 1, "top_p": 0.9, "max_tokens": 1024},
-    "question": {"temperature": 0.8, "max_tokens": 256},
+    "questions": {"temperature": 1, "top_p": 0.9, "max_tokens": 256},
+    "question": {"temperature": 0.8, "max_tokens": 96},
     "common": ANSWER, "complex": ANSWER, "alone": ANSWER, "retry": ANSWER, "plain": ANSWER, "think": ANSWER,
-    "options": CHECK, "reference": CHECK, "answer": CHECK, "row": CHECK, "compare": CHECK,
+    "options": CHECK, "reference": CHECK, "answer": SCORES, "row": SCORES, "compare": SCORES,
 }
 TEXT_CHARACTERS = 4 * 8157  # a text is cut here: the original's 8,157 tokens, at four characters each
 

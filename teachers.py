@@ -129,7 +129,7 @@ class Server:
     def __init__(self, url, store, model, *, concurrency, timeout, patience):
         self.store, self.counts, self.timeout, self.patience = store, Counter(), timeout, patience
         self.window, self.gate = 2 * concurrency, Gate(concurrency)
-        self.sessions, self.in_flight, self.plain = [], set(), set()  # plain: schemas whose format the server refuses
+        self.sessions, self.in_flight, self.forms = [], set(), {}  # forms: {schema: the form that the server takes}
         self.unsaved, self.loop = queue.SimpleQueue(), asyncio.new_event_loop()
         self.client, self.openai = open_client(url, concurrency, timeout)
         self.threads = [threading.Thread(target=run, daemon=True) for run in (self.loop.run_forever, self.save)]
@@ -259,15 +259,15 @@ class Server:
     async def answer(self, session, key, messages, parameters, schema):
         """The one policy of retries: a Reply, or after TRIES failures or `patience` seconds one with the failure."""
         sent = tries = 0
-        first, verdict, plain, loop = None, None, False, self.loop  # plain: without the schema's format
+        first, verdict, form, loop = None, None, "json_schema", self.loop  # form: how the schema is given; None: not
         while True:
             if session.stopped:
                 raise asyncio.CancelledError
             entered = await self.gate.enter(again=first is not None)
             first = entered if first is None else first
             last, verdict = verdict, None
-            plain = plain or schema is None or canonical(schema) in self.plain
-            body = parameters if plain else {**parameters, "response_format": response_format(schema)}
+            form = None if schema is None else self.forms.get(canonical(schema), form)
+            body = {**parameters, "response_format": response_format(schema, form)} if form else parameters
             seconds = max(0.0, min(self.timeout, first + self.patience - loop.time()))
             outcome, wait = "broken", 0.0
             self.in_flight.add(asyncio.current_task())
@@ -284,11 +284,13 @@ class Server:
                 self.in_flight.discard(asyncio.current_task())
                 self.gate.leave(entered, outcome, wait if wait <= self.patience else 0.0)
             if verdict is None:
-                if not plain and status in (400, 422, 501):
-                    plain = True  # the server may not know the format: if the same call succeeds without, it does not
+                if form and status in (400, 422, 500, 501):
+                    # The server may not know the form: if the same call succeeds without, it does not. One that names
+                    # json_object, as llama-cpp-python does, takes the schema there.
+                    form = "json_object" if form == "json_schema" and "json_object" in reply.failure else None
                     continue
-                if plain and schema is not None and status == 200:
-                    self.plain.add(canonical(schema))
+                if schema is not None and status == 200:
+                    self.forms[canonical(schema)] = form
                 return reply
             self.counts[outcome] += 1
             sent, tries = sent + 1, tries + (outcome != "refused")
@@ -322,7 +324,9 @@ class Server:
         except (ValueError, AttributeError, RecursionError):
             said, code = response.text, None
         why = f"{status}: {one_line(redact(str(said)))[:300]}"
-        if code == "insufficient_quota" or (status < 500 and status not in (408, 409, 425, 429)) or status == 501:
+        foreign = "response_format" in body and "response_format" in why  # 500 in llama-cpp-python
+        if (code == "insufficient_quota" or (status < 500 and status not in (408, 409, 425, 429)) or status == 501
+                or foreign):
             return failed(key, why), status
         raise Again(why, "refused" if status in BUSY else "broken", retry_after(response.headers))
 

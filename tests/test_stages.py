@@ -84,7 +84,7 @@ def test_two_questions_are_asked_for_unless_the_row_has_one():
     run = run_of(lambda call: {"question_1": "Why?", "question_2": "How?"})
     row, asked = play("ask", run, row_of())
     assert row["questions"] == ["Why?", "How?"] and len(asked) == 1
-    assert asked[0][1].parameters == {"temperature": 1, "top_p": 0.9, "max_tokens": 1024, "seed": 0}
+    assert asked[0][1].parameters == {"temperature": 1, "top_p": 0.9, "max_tokens": 256, "seed": 0}
     assert play("ask", run, row_of(questions=[Q])) == (row_of(questions=[Q]), [])
     lost, _ = play("ask", run_of(lambda call: {"question_1": "Why?", "question_2": "Why?"}), row_of())
     assert lost.args == ("no two questions", '{"question_1": "Why?", "question_2": "Why?"}')

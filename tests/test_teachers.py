@@ -389,12 +389,12 @@ def test_the_thought_is_taken_where_the_server_puts_it(server, opened, said, tho
 
 
 @pytest.mark.parametrize("given, rooms", [
-    ({"max_tokens": 8}, [("max_tokens", 8), ("max_tokens", 16), ("max_tokens", 32)]),
-    ({"max_completion_tokens": 8}, [("max_completion_tokens", n) for n in (8, 16, 32)]),
-    ({}, [None, ("max_tokens", 10), ("max_tokens", 20)])])  # the server's own limit cut it at 5 tokens
+    ({"max_tokens": 8}, [("max_tokens", 8), ("max_tokens", 16)]),
+    ({"max_completion_tokens": 8}, [("max_completion_tokens", n) for n in (8, 16)]),
+    ({}, [None, ("max_tokens", 10)])])  # the server's own limit cut it at 5 tokens
 def test_a_cut_reply_is_asked_again_with_more_room_and_is_never_a_success(server, opened, given, rooms):
     async def script(request, writer):
-        enough = len(server.requests) % 3 == 0 and request["messages"][-1]["content"] == "b"
+        enough = len(server.requests) % 2 == 0 and request["messages"][-1]["content"] == "b"
         return 200, {}, completion("whole" if enough else "cu", "stop" if enough else "length")
     server.script = script
     teacher = opened()
@@ -403,8 +403,19 @@ def test_a_cut_reply_is_asked_again_with_more_room_and_is_never_a_success(server
     assert [next(((name, request[name]) for name in ("max_tokens", "max_completion_tokens") if name in request), None)
             for request in server.requests] == rooms
     reply, = answers(teacher, ask("b", **given))
-    assert reply.text == "whole" and len(server.requests) == 6 and teacher.counts["cut"] == 4
-    assert reply.usage == {"prompt_tokens": 9, "completion_tokens": 15}  # of all three requests
+    assert reply.text == "whole" and len(server.requests) == 4 and teacher.counts["cut"] == 2
+    assert reply.usage == {"prompt_tokens": 6, "completion_tokens": 10}  # of both requests
+
+
+@pytest.mark.parametrize("cut, thought, room", [
+    ("", "Hm", 4112), ("<think>Hm", None, 4112), ("So", "Hm", 16), ("<think>Hm</think>So", None, 16)])
+def test_a_reply_that_was_cut_in_its_thought_is_given_room_for_it(server, opened, cut, thought, room):
+    async def script(request, writer):
+        first = len(server.requests) == 1
+        return 200, {}, completion(cut if first else "So.", "length" if first else "stop", reasoning_content=thought)
+    server.script = script
+    assert answers(opened(), ask("a", max_tokens=8))[0].text == "So."
+    assert [request["max_tokens"] for request in server.requests] == [8, room]
 
 
 @pytest.mark.parametrize("finish, text, failure", [
@@ -449,6 +460,32 @@ def test_a_server_without_schemas_is_asked_without_and_then_no_more_with(server,
     for text in "ab":
         assert answers(teacher, ask(text, SCHEMA))[0].value == {"score": 1}
     assert ["response_format" in request for request in server.requests] == [True, False, False]
+
+
+def test_a_server_that_takes_the_schema_elsewhere_is_given_it_there(server, opened):
+    async def script(request, writer):  # llama-cpp-python's words, and its status
+        if request.get("response_format", {}).get("type") == "json_schema":
+            return 500, {}, {"error": {"message": "'loc': ('body', 'response_format', 'type'), 'msg': \"Input should "
+                                                  "be 'text' or 'json_object'\"", "type": "internal_server_error"}}
+        return 200, {}, completion('{"score": 1}')
+    server.script = script
+    teacher = opened()
+    for text in "ab":
+        assert answers(teacher, ask(text, SCHEMA))[0].value == {"score": 1}
+    assert [request.get("response_format") for request in server.requests][1:] == [
+        {"type": "json_object", "schema": SCHEMA}] * 2
+    assert answers(teacher, ask("c"))[0].text == '{"score": 1}' and "response_format" not in server.requests[-1]
+
+
+def test_a_server_that_takes_no_form_of_the_schema_is_asked_without(server, opened):
+    async def script(request, writer):
+        if "response_format" in request:
+            return 500, {}, {"error": {"message": "response_format: json_object and json_schema are unknown"}}
+        return 200, {}, completion('{"score": 1}')
+    server.script = script
+    assert answers(opened(), ask("a", SCHEMA))[0].value == {"score": 1}
+    assert [request.get("response_format", {}).get("type") for request in server.requests] == [
+        "json_schema", "json_object", None]
 
 
 def test_a_bad_request_does_not_switch_the_schemas_off(server, opened):
@@ -864,7 +901,7 @@ def test_a_local_teacher_gives_what_generate_gives(local):
     kinds = set()
     for call, reply in zip(given, answers(local, *given)):
         prompt = [ord(c) % 97 for c in call.messages[0]["content"]]
-        for room in (10, 20, 40):
+        for room in (10, 20):
             ids = list(generate(local.pool.llama, prompt, max_new_tokens=room, temperature=0.9, top_p=0.8,
                                 seed=call.parameters["seed"], stop_ids=local.pool.stop_ids))
             if ids[-1] in local.pool.stop_ids:
@@ -874,7 +911,7 @@ def test_a_local_teacher_gives_what_generate_gives(local):
             shown = " ".join(str(i) for i in ids[:-1] if i not in Letters.silent)
             assert (reply.text or "") == shown and reply.finish_reason == "stop"
         else:
-            assert reply.failure == "cut by length at 40 tokens"
+            assert reply.failure == "cut by length at 20 tokens"
         assert local.store.get(reply.key) == reply
     assert len(kinds) >= 2, kinds
     before = local.counts["requests"]
@@ -894,7 +931,7 @@ def test_a_local_teacher_says_what_it_cannot_do(local):
         ask("b", max_tokens=1))
     assert "300 tokens; expected 1 to 256" in long.failure and "found the parameter stop = ['b']" in wrong.failure
     assert full.failure == "the model's context is full" and full.usage["completion_tokens"] == 17
-    assert whole.failure is None or whole.failure.startswith("cut by length at 4")
+    assert whole.failure is None or whole.failure.startswith("cut by length at 2 ")
 
 
 def test_a_local_teacher_is_asked_once_more_for_json(local, monkeypatch):
@@ -910,7 +947,7 @@ def test_a_folder_is_named_by_its_weights(base, store):
     name, _, digest = teacher.model.partition("@")
     assert name == "local:model" and digest == weights_sha256(base)[:12]
     reply, = answers(teacher, ask("Hi", max_tokens=2, temperature=0))
-    assert reply.failure == "cut by length at 8 tokens" and reply.usage["prompt_tokens"] > 3 * 20
+    assert reply.failure == "cut by length at 4 tokens" and reply.usage["prompt_tokens"] > 2 * 20
     with pytest.raises(InputError, match="does not exist; expected the folder of a model"):
         Teacher.open(f"local:{base}x", store)
 
