@@ -3,15 +3,19 @@
     work_row    any row → {"id", "source", "text", "questions", "truth", "responses", …, "calls"}, as the stages pass it
     release     the finished rows → FineMed-SFT/, FineMed-DPO/ in the released columns; provenance/ line for line
     report      the counts of the stages → manifest.json, and README.md, the dataset card
+    pictures    the same as figures/: rows by stage, scores beside those of other data sets, t-SNE of the departments
 
 FineMed-SFT has a file for each specialty, as released; a row whose specialty is not known is in its department's file.
 """
 import contextlib
+import heapq
 import json
 import re
 from collections import Counter, defaultdict
+from functools import partial
 from itertools import islice
 
+import plot
 import prompts
 from benchmarks import gold_of, options_of
 from files import DISCLAIMER, InputError, read_data, read_json_if_there, write_json, written_aside
@@ -144,10 +148,11 @@ def release(run):
             file.close()  # before its folder is flushed and renamed
 
 
-def report(run, keep=False):
+def report(run, keep=False, draw=False):
     """Writes manifest.json and README.md, the dataset card, from the states of the stages; the manifest.
 
     With `keep` (one stage was run by itself) sources, licence and roles that this run has none of stay as they were.
+    With `draw` the pictures are drawn too.
     """
     before = read_json_if_there(run.out / "manifest.json") if keep else {}
     roles = {role: getattr(run, role).model for role in ROLES if getattr(run, role)}
@@ -167,7 +172,8 @@ def report(run, keep=False):
                 "parameters": prompts.PARAMETERS, "rules": {stage: version(stage) for stage in RULES},
                 "stages": {name: {key: state[key] for key in state if key != "models"}
                            for name, state in states.items()},
-                "means": means(run), "failed": len(run.failed)}
+                "means": means(run), "failed": len(run.failed),
+                "pictures": pictures(run, states) if draw else before.get("pictures", {})}
     write_json(run.out / "manifest.json", manifest)
     with written_aside(run.out / "README.md") as aside:
         aside.write_text(card(manifest), encoding="utf-8", errors="backslashreplace")
@@ -175,13 +181,70 @@ def report(run, keep=False):
 
 
 def means(run):
-    """{"common": {rows, quality, complexity}, "complex": …} of the rows that are written."""
-    sums = defaultdict(Counter)
-    path = run.path("stages", "filter")
+    """{"common": {rows, quality, complexity}, "complex": …} of the rows that are written, and of each judged data set.
+    """
+    sums, path = defaultdict(Counter), run.path("stages", "filter")
     for row in rows_in(path) if path.exists() else ():
         sums[row["instruction_type"]].update(rows=1, quality=row["quality"], complexity=row["difficulty"])
+    for path in judged(run):
+        for row in rows_in(path):
+            sums[f"{set_of(path)}, judged"].update(rows=1, quality=row["quality"], complexity=row["complexity"])
     return {kind: {"rows": one["rows"], "quality": round(one["quality"] / one["rows"], 3),
                    "complexity": round(one["complexity"] / one["rows"], 3)} for kind, one in sorted(sums.items())}
+
+
+def judged(run):
+    """The files of data sets that a judge has scored."""
+    return sorted((run.out / "stages").glob("judge-*.jsonl"))
+
+
+def set_of(path):
+    return path.stem.removeprefix("judge-")
+
+
+def pictures(run, states):
+    """Draws figures/ and returns {picture: its file below OUT, or why there is none}.
+
+    stages: rows in and out.  scores: how quality and complexity are distributed, as the teacher scored the questions,
+    and, below, as the judge scored each data set.  departments: t-SNE of the questions' vectors, which need the
+    encoder of --encoder; of each department at most 1,000 questions, drawn by their texts.
+    """
+    path, found = run.path("stages", "filter"), {}
+    shown = {"this data set (teacher)": path, **{f"{set_of(one)} (judge)": one for one in judged(run)}}
+
+    def scores(figure):
+        sets = {name: columns for name, one in shown.items() if one.exists()
+                for columns in plot.read_scores([one]).values() if columns}
+        if not sets:
+            raise InputError("no scores yet; expected the stage filter or judge to have run")
+        plot.draw_scores(figure, sets)
+
+    def departments(figure):
+        if not run.encode:
+            raise InputError("no --encoder; expected the folder of an embedding model")
+        labels, questions = sample(path)
+        plot.draw_vectors(figure, plot.in_the_plane(run.encode(questions)), labels, "The data set", "department")
+    with written_aside(run.out / "figures") as folder:
+        folder.mkdir()
+        for name, fill in {"stages": partial(plot.draw_stages, stages=states, name="The data set"), "scores": scores,
+                           "departments": departments}.items():
+            try:
+                with plot.picture(folder / f"{name}.png") as figure:
+                    fill(figure)
+                found[name] = f"figures/{name}.png"
+            except InputError as error:  # a package or rows are missing: the counts are there all the same
+                found[name] = str(error).removeprefix(f"{folder}/")
+    return found
+
+
+def sample(path, most=1000):
+    """([department], [question]) of the rows of a file: of each department at most `most`, drawn by their ids."""
+    heaps = defaultdict(list)
+    for row in rows_in(path):
+        heap, one = heaps[row["department"]], (random_number("picture", row["id"]), row["instruction"])
+        (heapq.heappush if len(heap) < most else heapq.heappushpop)(heap, one)
+    pairs = [(label, question) for label, heap in sorted(heaps.items()) for _, question in sorted(heap)]
+    return [label for label, _ in pairs], [question for _, question in pairs]
 
 
 def card(manifest):
@@ -203,6 +266,8 @@ def card(manifest):
         "## Stages", table(["stage", "in", "out", "dropped", "found", "rules"], stages),
         "A response is *verified* if its letter is the right option's, *judged* if a model found it to agree with the "
         "reference, and *unproven* otherwise.",
+        "## Pictures", "\n\n".join(f"![{name}]({file})" if file.startswith("figures/") else f"No picture of {name}: "
+                                   f"{file}." for name, file in manifest["pictures"].items()) or "None.",
         "## Means", table(["rows", "n", "quality", "complexity"], [(kind, *one.values())
                                                                   for kind, one in manifest["means"].items()]),
         "## Models", ", ".join(f"{role}: {model}" for role, model in manifest["roles"].items()),

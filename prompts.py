@@ -142,16 +142,17 @@ def schema_of(name):
             "compare": schema(better={"enum": ["first", "second", "equal"]})}.get(name)
 
 
-# The sampling is the original's. It allows a name 10 tokens, which cuts "Otorhinolaryngology (ENT)" off. A form has two
-# or three times the room of a right reply, because a teacher that cannot write JSON fills all of it, and calls.dialogue
-# gives the reply that was cut more room once, and a thought more than that.
+# The sampling is the original's, and so is the room of a long answer; but it gives a name 10 tokens, which cuts
+# "Otorhinolaryngology (ENT)" off. Other replies have about twice the room of a right one, because a poor teacher fills
+# all that there is. One that was cut is asked again with more (calls.dialogue).
 CHECK, SCORES = {"temperature": 0, "max_tokens": 512}, {"temperature": 0, "max_tokens": 64}
 ANSWER = {"temperature": 1, "top_p": 0.9, "max_tokens": 4096}
 PARAMETERS = {
     "department": {"temperature": 0, "max_tokens": 24}, "specialty": {"temperature": 0, "max_tokens": 24},
     "questions": {"temperature": 1, "top_p": 0.9, "max_tokens": 256},
     "question": {"temperature": 0.8, "max_tokens": 96},
-    "common": ANSWER, "complex": ANSWER, "alone": ANSWER, "retry": ANSWER, "plain": ANSWER, "think": ANSWER,
+    "common": {**ANSWER, "max_tokens": 2048}, "complex": ANSWER, "alone": ANSWER, "retry": ANSWER, "think": ANSWER,
+    "plain": {**ANSWER, "max_tokens": 512},
     "options": CHECK, "reference": CHECK, "answer": SCORES, "row": SCORES, "compare": SCORES,
 }
 TEXT_CHARACTERS = 4 * 8157  # a text is cut here: the original's 8,157 tokens, at four characters each

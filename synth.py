@@ -72,6 +72,7 @@ class Run:
     policy: Teacher | None = None  # writes the rejected answers, if they are to be on-policy
     filtered: object = None  # filters.filtered
     settings: object = None  # filters.Settings
+    encode: object = None  # texts -> vectors, for the filter and the picture of the departments
     attempts: int = 3  # at a trace that was found wrong
     seed: int = 0
     failed: dict = field(default_factory=dict)  # {key: why there is no reply}
@@ -320,11 +321,14 @@ def parse_args(argv):
     flag("--benchmark", "questions that no row may hold", type=kind_and_file, nargs="+", default=[],
          metavar="KIND=FILE")
     flag("--languages", "of the rows that are kept, as ISO 639-1", ["en"], nargs="+", metavar="CODE")
+    flag("--encoder", "drops questions whose vectors are nearly those of another or of --benchmark, by a folder of "
+         "sentence-transformers; the threshold is of all-MiniLM-L6-v2 (default: by their words alone). run and report "
+         "draw the departments by it", metavar="DIR")
     flag("--no-filter", "keeps duplicates, leaks and spam", action="store_true")
     flag("--stage", "export-batch: whose missing calls are written", choices=[*SCRIPTS], metavar="STAGE")
     flag("--role", "export-batch: whose calls", "teacher", choices=("teacher", "reasoner", "judge", "policy"))
     flag("--batch", "export-batch writes it, import-batch reads it, in OpenAI's batch format", metavar="FILE")
-    flag("--device", "of a reward model", "auto", choices=("auto", "cpu", "cuda"))
+    flag("--device", "of a reward model and an encoder", "auto", choices=("auto", "cpu", "cuda"))
     flag("--licence", "of the sources, for the card (default: not stated)")
     flag("--price", "for the estimate, of a million tokens read and written", type=price, nargs="+", default=[],
          metavar="MODEL=READ,WRITTEN")
@@ -365,11 +369,19 @@ def opened(args, stack):
         check_judge(run, args.data or ())
     run.sources = [{"path": str(path), "rows": sum(1 for _ in read_data(path)), "sha256": sha256(path)}
                    for path in args.corpus or ()]
+    run.encode = encoder_of(args) if args.encoder else None
     if not args.no_filter and {"texts", "filter", "run", "preview"} & {args.command}:
         from filters import Settings, filtered
         questions = [question for kind, file in args.benchmark for question in read_benchmark(kind, file)]
-        run.filtered, run.settings = filtered, Settings(questions=questions, languages=tuple(args.languages))
+        run.filtered = filtered
+        run.settings = Settings(questions=questions, languages=tuple(args.languages), encode=run.encode)
     return run
+
+
+def encoder_of(args):
+    """texts -> float32 [N, D] by the encoder of --encoder."""
+    from encoder import Encoder
+    return Encoder.from_dir(args.encoder, args.device).encode
 
 
 def reward_scores(args, store):
@@ -437,7 +449,7 @@ def main(argv=None):
                     judge_files(run, {"FineMed-SFT": run.path("stages", "filter")})
             elif args.command != "report":
                 chain(run, [args.command], rows_for(run, args, args.command))
-            found = report(run, keep=args.command != "run")
+            found = report(run, keep=args.command != "run", draw=args.command in ("run", "report"))
     tidy(run.out)
     if args.json or "stages" not in found:
         print(json.dumps(found, ensure_ascii=False, indent=None if args.json else 2))

@@ -1,10 +1,13 @@
 """Rows as they come in, and the data set as it goes out: columns, files, provenance, manifest and card."""
 import json
+import sys
 
+import numpy as np
 import pytest
 from conftest import write_jsonl
 
-from dataset import card, corpus, data_rows, dpo_row, file_of, provenance, release, report, sft_row, work_row
+import plot
+from dataset import card, corpus, data_rows, dpo_row, file_of, provenance, release, report, sample, sft_row, work_row
 from files import InputError
 from prompts import DEPARTMENTS, RULES, version
 from retrieve import read_records
@@ -181,3 +184,73 @@ def test_the_manifest_and_the_card(tmp_path):
     kept = report(Run(tmp_path, {}), keep=True)
     assert [kept[name] for name in ("sources", "licence", "roles")] == [run.sources, "CC BY 4.0", {"teacher": "big"}]
     assert "not stated" in card(report(Run(tmp_path, {})))
+
+# ----- the pictures --------------------------------------------------------------------------------------------------
+
+
+def states(out, **counts):
+    for stage, (before, after) in counts.items():
+        (out / "stages").mkdir(exist_ok=True)
+        (out / f"stages/{stage}.json").write_text(json.dumps({
+            "in": before, "out": after, "dropped": {"leak": before - after} if before > after else {}, "found": {},
+            "version": "1", "models": {}}))
+
+
+def test_a_report_draws_what_there_is_and_says_what_there_is_not(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plot, "DPI", 20)
+    monkeypatch.setattr(plot, "draw_stages", lambda figure, stages, name: drawn.update(stages=stages))
+    monkeypatch.setattr(plot, "draw_scores", lambda figure, scores: drawn.update(scores=scores))
+    monkeypatch.setattr(plot, "in_the_plane", lambda vectors: vectors[:, :2])  # t-SNE takes seconds
+    monkeypatch.setattr(plot, "draw_vectors", lambda figure, *more: drawn.update(vectors=more))
+    states(tmp_path, ask=(3, 2))
+    found = report(Run(tmp_path, {}), draw=True)
+    assert found["pictures"] == {"stages": "figures/stages.png",
+                                 "scores": "no scores yet; expected the stage filter or judge to have run",
+                                 "departments": "no --encoder; expected the folder of an embedding model"}
+    assert (drawn["stages"]["ask"]["in"], drawn["stages"]["ask"]["out"]) == (3, 2)
+    assert "![stages](figures/stages.png)" in card(found) and "No picture of departments: no --encoder" in card(found)
+
+    rows = [DONE | {"id": str(i), "instruction": f"Q{i}", "department": f"D{i % 2}", "difficulty": 9 + i % 2}
+            for i in range(30)]
+    write_jsonl(tmp_path / "stages/filter.jsonl", rows)
+    for name, scores in {"ours": [(7, 5), (9, 6)], "theirs": [(4, 3)]}.items():
+        write_jsonl(tmp_path / f"stages/judge-{name}.jsonl", [
+            {"source": "s", "instruction": "Q", "quality": q, "complexity": c, "calls": {}} for q, c in scores])
+    asked = []
+
+    def encode(texts):
+        asked.extend(texts)
+        return np.eye(30, dtype=np.float32)[[int(text[1:]) for text in texts]]
+    found = report(Run(tmp_path, {}, encode=encode), keep=True, draw=True)
+    assert found["pictures"] == {name: f"figures/{name}.png" for name in ("stages", "scores", "departments")}
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "departments.png", "scores.png", "stages.png"]
+    assert {name: {column: sorted(values) for column, values in one.items()} for name, one in drawn["scores"].items()
+            } == {"this data set (teacher)": {"quality": [8] * 30, "complexity or difficulty": [9] * 15 + [10] * 15},
+                  "ours (judge)": {"quality": [7, 9], "complexity or difficulty": [5, 6]},
+                  "theirs (judge)": {"quality": [4], "complexity or difficulty": [3]}}
+    points, labels, name, key = drawn["vectors"]
+    assert points.tolist() == [[float(text == "Q0"), float(text == "Q1")] for text in asked] and labels == [f"D{int(text[1:]) % 2}" for text in asked]
+    assert sorted(asked) == sorted(row["instruction"] for row in rows) and key == "department"
+    assert found["means"]["ours, judged"] == {"rows": 2, "quality": 8.0, "complexity": 5.5}
+    assert found["means"]["theirs, judged"] == {"rows": 1, "quality": 4.0, "complexity": 3.0}
+    assert report(Run(tmp_path, {}), keep=True)["pictures"] == found["pictures"]  # a stage by itself draws nothing
+
+
+def test_without_matplotlib_the_report_has_its_counts(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    states(tmp_path, ask=(3, 2))
+    found = report(Run(tmp_path, {}), draw=True)
+    assert found["stages"]["ask"]["out"] == 2 and (tmp_path / "README.md").exists()
+    assert found["pictures"]["stages"].startswith("stages.png: found no matplotlib to draw with; expected pip install")
+
+
+def test_a_picture_has_at_most_so_many_questions_of_each_department(tmp_path):
+    rows = [DONE | {"id": str(i), "instruction": f"Q{i}", "department": "B" if i < 9 else "A"} for i in range(12)]
+    for name, one in (("a.jsonl", rows), ("b.jsonl", rows[::-1])):
+        write_jsonl(tmp_path / name, one)
+    labels, questions = sample(tmp_path / "a.jsonl", 4)
+    assert labels == ["A"] * 3 + ["B"] * 4 and sorted(questions[:3]) == ["Q10", "Q11", "Q9"]
+    assert len({*questions}) == 7 and (labels, questions) == sample(tmp_path / "b.jsonl", 4)
+    assert sorted(questions[3:]) != ["Q0", "Q1", "Q2", "Q3"]  # drawn, not the first ones

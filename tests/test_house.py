@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "teachers": {"calls", "generate", "chat", "parallel", "tokenizer"},
     "prompts": {"benchmarks"},
     "stages": {"calls", "prompts"},
-    "dataset": {"prompts"},
+    "dataset": {"prompts", "plot"},
     "synth": {"teachers", "stages", "dataset", "filters", "reward"},
 }
 DEPENDENCIES = {"torch", "safetensors", "tokenizers", "sentencepiece", "numpy", "faiss", "tqdm"}  # by import name

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+import calls
 import prompts
 from prompts import (
     DEPARTMENTS,
@@ -120,7 +121,8 @@ def test_the_original_s_sampling():
     chosen = {"ask": "questions", "score": "question", "respond": "complex", "classify": "department"}
     assert [[prompts.PARAMETERS[name].get(key) for key in ("temperature", "top_p")] for name in chosen.values()] == [
         [1, 0.9], [0.8, None], [1, 0.9], [0, None]]
-    assert prompts.PARAMETERS["common"]["max_tokens"] == prompts.PARAMETERS["plain"]["max_tokens"] == 4096
+    assert [prompts.PARAMETERS[name]["max_tokens"] for name in ("complex", "alone", "think", "retry")] == [4096] * 4
+    assert calls.MORE_ROOM == 1 and 2 * prompts.PARAMETERS["common"]["max_tokens"] == 4096  # with one more room
     assert prompts.COMPLEX == 8 and prompts.TEXT_CHARACTERS == 32_628
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from conftest import FakeTeacher, Killed, MemoryStore, write_jsonl
 
+import plot
 import prompts
 import stages
 import synth
@@ -21,9 +22,10 @@ from synth import Run, chain, compare_files, corpus, judge_files, main, report, 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_fsync():
-    """Most of a small run is the disk's work, which test_files.py tests."""
+    """Most of a small run is the disk's work and the drawing, which test_files.py and test_plot.py test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr(plot, "DPI", 10)
         yield
 
 
@@ -446,7 +448,8 @@ def test_a_batch_that_another_engine_answered_is_the_online_run(tmp_path, source
     assert sent > 200
     a, b = (files_of(tmp_path / name) for name in "ab")
     del a["stages/judge-FineMed-SFT.json"], a["stages/judge-FineMed-SFT.jsonl"], a["dropped/judge-FineMed-SFT.jsonl"]
-    assert [name for name in a if a[name] != b.get(name)] == ["README.md", "failed.jsonl", "manifest.json"]
+    assert [name for name in a if a[name] != b.get(name)] == ["README.md", "failed.jsonl", *(
+        f"figures/{name}.png" for name in ("scores", "stages")), "manifest.json"]
 
 
 def test_a_stage_before_its_time_names_the_missing_file(tmp_path, servers):
