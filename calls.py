@@ -210,7 +210,7 @@ def json_in(text, schema=None):
     starts, end = [i for i in (text.find("["), text.find("{")) if i >= 0], max(text.rfind("]"), text.rfind("}")) + 1
     for one in (text, *(part.removeprefix("json") for part in fenced), *(text[i:end] for i in sorted(starts))):
         try:
-            value = parse_json(one, "the reply")
+            value = parse_json(one, "the reply", strict=False)  # models, and grammars, break lines in a text
             break
         except InputError as error:
             wrong = error

@@ -139,8 +139,9 @@ def require_dir(directory, what):
     return directory
 
 
-def parse_json(text, where):
-    """Strict JSON: refuses NaN and Infinity, duplicate keys, and nesting deep enough to exhaust the stack."""
+def parse_json(text, where, strict=True):
+    """Strict JSON: refuses NaN and Infinity, duplicate keys, and nesting deep enough to exhaust the stack; with
+    `strict` control characters in a text, such as a line break, too."""
     def refuse_constant(name):
         raise ValueError(f"{name} is not JSON")
 
@@ -157,8 +158,8 @@ def parse_json(text, where):
             raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
         return found
     try:
-        return json.loads(text, parse_constant=refuse_constant, parse_float=finite,
-                          object_pairs_hook=unique)
+        return json.loads(text, parse_constant=refuse_constant, parse_float=finite, object_pairs_hook=unique,
+                          strict=strict)
     except RecursionError:
         raise InputError(f"{where}: nested too deeply; expected plain JSON") from None
     except ValueError as error:

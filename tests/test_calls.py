@@ -66,7 +66,8 @@ def test_a_call_that_cannot_be_asked_is_refused(call, why):
     ('{"score": 1}', {"score": 1}), (' \n{"score": 1}\n', {"score": 1}), ('```json\n{"score": 1}\n```', {"score": 1}),
     ('```\n{"score": 1}\n``` as you asked', {"score": 1}), ('Here it is: {"score": 1}. Good?', {"score": 1}),
     ('<think>{"score": 5} or [2]?</think>\n{"score": 1}', {"score": 1}), ("[1, 2]", [1, 2]), ("7", 7),
-    ('{"a": "```"}', {"a": "```"}), ('Given [x]: {"score": 1}', {"score": 1})])
+    ('{"a": "```"}', {"a": "```"}), ('Given [x]: {"score": 1}', {"score": 1}),
+    ('{"a": "1\n\t2"}', {"a": "1\n\t2"})])
 def test_json_is_found_in_what_a_model_writes_around_it(text, value):
     assert json_in(text) == value
 

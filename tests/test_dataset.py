@@ -231,7 +231,8 @@ def test_a_report_draws_what_there_is_and_says_what_there_is_not(tmp_path, monke
                   "ours (judge)": {"quality": [7, 9], "complexity or difficulty": [5, 6]},
                   "theirs (judge)": {"quality": [4], "complexity or difficulty": [3]}}
     points, labels, name, key = drawn["vectors"]
-    assert points.tolist() == [[float(text == "Q0"), float(text == "Q1")] for text in asked] and labels == [f"D{int(text[1:]) % 2}" for text in asked]
+    assert points.tolist() == [[float(text == "Q0"), float(text == "Q1")] for text in asked]
+    assert labels == [f"D{int(text[1:]) % 2}" for text in asked]
     assert sorted(asked) == sorted(row["instruction"] for row in rows) and key == "department"
     assert found["means"]["ours, judged"] == {"rows": 2, "quality": 8.0, "complexity": 5.5}
     assert found["means"]["theirs, judged"] == {"rows": 1, "quality": 4.0, "complexity": 3.0}
