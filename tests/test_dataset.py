@@ -254,4 +254,4 @@ def test_a_picture_has_at_most_so_many_questions_of_each_department(tmp_path):
     labels, questions = sample(tmp_path / "a.jsonl", 4)
     assert labels == ["A"] * 3 + ["B"] * 4 and sorted(questions[:3]) == ["Q10", "Q11", "Q9"]
     assert len({*questions}) == 7 and (labels, questions) == sample(tmp_path / "b.jsonl", 4)
-    assert sorted(questions[3:]) != ["Q0", "Q1", "Q2", "Q3"]  # drawn, not the first ones
+    assert sorted(questions[3:]) not in (["Q0", "Q1", "Q2", "Q3"], ["Q5", "Q6", "Q7", "Q8"])  # drawn

@@ -1,4 +1,5 @@
 """The pipeline with a teacher that is a function: stages, resume, provenance, preview and the command line."""
+import contextlib
 import json
 import os
 import random
@@ -480,3 +481,12 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 100_000
+
+
+def test_the_encoder_is_the_filter_s_and_the_report_s(tmp_path, servers, source, monkeypatch):
+    monkeypatch.setattr(synth, "encoder_of", lambda args: f"of {args.encoder}")
+    flags = ["run", "--corpus", source, "--teacher", "T", "--same-judge", "--out", str(tmp_path)]
+    for more, expected in (["--encoder", "E"], "of E"), ([], None):
+        with contextlib.ExitStack() as stack:
+            run = synth.opened(synth.parse_args([*flags, *more]), stack)
+        assert run.encode == run.settings.encode == expected
