@@ -173,7 +173,8 @@ def reference(one):
     return found and found[0]
 
 
-ADDRESS = re.compile(r"https?://\S+|www\.\S+|\S+@\S+\.\w+")
+# bounded, because a text without spaces is one long word
+ADDRESS = re.compile(r"https?://\S+|www\.\S+|[^\s@]{1,64}@[^\s@]{1,250}\.\w+")
 ADVERTISING = re.compile(
     r"\b(?:buy now|order (?:now|today|online)|click here|free shipping|add to cart|limited[- ]time offer|act now|"
     r"(?:discount|promo|coupon) code|money[- ]back guarantee|subscribe (?:now|to our)|sign up (?:now|today)|"

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -197,6 +198,15 @@ def test_questions_that_need_a_text_above_go(text):
     "Does air flow from the passage of the nose?", "Which documents does a patient need?"])
 def test_questions_that_stand_alone_stay(text):
     assert rule(row(text), rules=("reference",)) is None
+
+
+@pytest.mark.parametrize("text", ["a@" * 10_000, "a" * 50_000, "\u60a3" * 20_000, "a@" + "b" * 50_000, "www." * 10_000,
+                                  "the " * 10_000, "the" + " " * 50_000, "(" * 50_000])
+def test_a_hostile_text_takes_no_time(text):
+    """A pattern that may begin anywhere in a long word takes the square of its length, and with two parts the cube."""
+    begin = time.process_time()
+    rule({"text": text}, rules=("reference", "spam"))
+    assert time.process_time() - begin < 1
 
 
 def test_raw_text_may_call_itself_an_article():
