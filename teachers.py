@@ -52,6 +52,7 @@ from local import Local
 
 TRIES = 5  # requests of one call that may fail; refusals do not count, only time bounds them
 BACKOFF = (0.5, 30.0)  # seconds: the first pause before a retry, which doubles, and the longest
+CONNECT = 30.0  # seconds in which a server takes a connection, or is not there
 BUSY, PASSING = (429, 503, 529), (408, 409, 425)  # refusals; what another try may mend, as it may any 5xx but 501
 NO_ENTRY = (401, 402, 404)  # a wrong key, no credit, a wrong address or model: the same for all calls
 
@@ -251,7 +252,7 @@ class Server:
             pause = min(BACKOFF[1], BACKOFF[0] * 2 ** min(sent - 1, 30)) * random.uniform(0.5, 1)
             pause = max(pause, wait * random.uniform(1, 1.1))
             if tries >= TRIES or loop.time() + pause > first + self.patience:
-                if outcome == "away":
+                if last.outcome == "away":
                     raise InputError(f"{self.url}: {last}; expected a server of OpenAI's API")
                 asks = f"; it asks to wait {wait:,.0f} s" if wait else ""
                 return failed(key, f"{last}{asks}; given up after {loop.time() - first:.0f} s")
@@ -306,7 +307,7 @@ def retry_after(headers):
 
 
 def open_client(url, concurrency, timeout):
-    """(AsyncOpenAI, its module, the error of a server that is not there): a client without retries of its own, without
+    """(AsyncOpenAI, its module, the errors of a server that is not there): a client without retries of its own, without
     redirects and proxies, with bounded replies."""
     try:
         import openai
@@ -337,9 +338,11 @@ def open_client(url, concurrency, timeout):
         raise InputError("OPENAI_API_KEY: found characters that no HTTP header holds; expected a key")
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     transport = Bounded(limits=limits, trust_env=False)  # a given transport also keeps proxies out
-    http = openai.DefaultAsyncHttpxClient(transport=transport, follow_redirects=False, timeout=timeout)
-    return openai.AsyncOpenAI(api_key=key or "none", base_url=url, max_retries=0, http_client=http,
-                              default_headers={"Accept-Encoding": "identity"}), openai, httpx.ConnectError
+    http = openai.DefaultAsyncHttpxClient(transport=transport, follow_redirects=False,
+                                          timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT)))
+    client = openai.AsyncOpenAI(api_key=key or "none", base_url=url, max_retries=0, http_client=http,
+                                default_headers={"Accept-Encoding": "identity"})
+    return client, openai, (httpx.ConnectError, httpx.ConnectTimeout)
 
 # ----- a teacher -----------------------------------------------------------------------------------------------------
 

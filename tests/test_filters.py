@@ -1,7 +1,5 @@
 """filters.py: every rule on rows judged by hand, planted copies of small benchmarks, and the stream as a whole."""
-import io
 import itertools
-import json
 import random
 import re
 import sys
@@ -19,14 +17,12 @@ from files import InputError
 from filters import (
     RULES,
     Settings,
-    dropped_row,
     filtered,
     foreign_run,
     fuzzy_copies,
     main_script,
     repeated_words,
     short_questions,
-    write_filtered,
 )
 from leaks import content, words
 
@@ -142,15 +138,6 @@ def test_the_first_rule_that_holds_is_given():
     assert RULES.index("leak") < RULES.index("exact") < RULES.index("minhash")
     several = row("According to the passage, why?", "Click here to buy now. Wir behandeln die Ursache der Krankheit.")
     assert rule(several) == "reference"
-
-
-def test_dropped_rows_go_to_a_side_file_with_their_evidence():
-    rows, kept, dropped = [row(), row(), row("Why?", "Zoë's 心 is " + DIFFERENT)], io.StringIO(), io.StringIO()
-    assert write_filtered(rows, kept, dropped, Settings(rules=("exact",))) == {"kept": 2, "exact": 1}
-    assert [*map(json.loads, kept.getvalue().splitlines())] == [rows[0], rows[2]]
-    assert json.loads(dropped.getvalue()) == {"rule": "exact", "evidence": "row 1", "row": rows[1]}
-    assert dropped_row(rows[1], ("exact", "row 1")) == json.loads(dropped.getvalue())
-    assert "Zoë's 心" in kept.getvalue()
 
 
 def test_all_shapes_of_rows_are_read():
