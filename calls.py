@@ -247,7 +247,7 @@ def read_completion(key, body):
     try:
         choice, usage = body["choices"][0], body.get("usage") or {}
         said, usage = choice["message"], {name: usage[name] for name in ("prompt_tokens", "completion_tokens")
-                                          if isinstance(usage.get(name), int)}
+                                          if type(usage.get(name)) is int and 0 <= usage[name] < 1 << 40}
         texts = [said.get(name) for name in ("content", "reasoning", "reasoning_content")]
         text, *thoughts = [one.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half characters: U+FFFD
                            if isinstance(one, str) else "" for one in texts]

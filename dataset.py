@@ -158,6 +158,8 @@ def report(run, keep=False, draw=False):
     roles = {role: getattr(run, role).model for role in ROLES if getattr(run, role)}
     states = {path.stem: read_json_if_there(path) for path in sorted((run.out / "stages").glob("*.json"))}
     states = {name: states[name] for name in (*CHAIN, *sorted({*states} - {*CHAIN})) if name in states}
+    if not states:
+        raise InputError(f"{run.out}: found no stages; expected the folder of a run")
     used = defaultdict(Counter)
     for state in states.values():
         for model, counts in state["models"].items():

@@ -24,6 +24,7 @@ import signal
 import socket
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 
 MAX_JSON_BYTES = 64 << 20  # a tokenizer.json has 17 MB, a training row a few KB: a larger file is none that we read
@@ -154,8 +155,8 @@ def parse_json(text, where, strict=True):
     def unique(pairs):
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+            keys = Counter(key for key, _ in pairs)
+            raise ValueError(f"the key {next(key for key in keys if keys[key] > 1)!r} stands twice")
         return found
     try:
         return json.loads(text, parse_constant=refuse_constant, parse_float=finite, object_pairs_hook=unique,

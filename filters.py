@@ -131,22 +131,6 @@ def unit(vectors):
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def dropped_row(row, reason):
-    """The line of the side file for a row that goes: the row whole, its rule and evidence."""
-    rule, evidence = reason
-    return {"rule": rule, "evidence": evidence, "row": row}
-
-
-def write_filtered(rows, kept, dropped, settings=None):
-    """Writes what `filtered` gives to two open text files, one JSON object a line: {"kept": n, rule: n, …}."""
-    counts = Counter(kept=0)
-    for row, reason in filtered(rows, settings):
-        file, row = (dropped, dropped_row(row, reason)) if reason else (kept, row)
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        counts[reason[0] if reason else "kept"] += 1
-    return dict(counts)
-
-
 def needed(package):
     """The InputError for a package of the extra `synth` that is not installed."""
     return InputError(f"found no {package}; expected pip install -e '.[synth]'")
@@ -173,7 +157,8 @@ def reference(one):
     return found and found[0]
 
 
-ADDRESS = re.compile(r"https?://\S+|www\.\S+|\S+@\S+\.\w+")
+# bounded, because a text without spaces is one long word
+ADDRESS = re.compile(r"https?://\S+|www\.\S+|[^\s@]{1,64}@[^\s@]{1,250}\.\w+")
 ADVERTISING = re.compile(
     r"\b(?:buy now|order (?:now|today|online)|click here|free shipping|add to cart|limited[- ]time offer|act now|"
     r"(?:discount|promo|coupon) code|money[- ]back guarantee|subscribe (?:now|to our)|sign up (?:now|today)|"

@@ -130,6 +130,8 @@ def played(run, stage, row):
                     missing.append((teacher, key, call))
             if missing:
                 return None, missing, had
+    except InputError as error:
+        raise InputError(f"{stage}, {row['source']}: {error}") from None
     except StopIteration as end:
         return (end.value | {"calls": end.value["calls"] | ({stage: [*had]} if had else {})}, None), [], had
     except Dropped as lost:
@@ -369,6 +371,8 @@ def opened(args, stack):
         check_judge(run, args.data or ())
     run.sources = [{"path": str(path), "rows": sum(1 for _ in read_data(path)), "sha256": sha256(path)}
                    for path in args.corpus or ()]
+    if empty := [source["path"] for source in run.sources if not source["rows"]]:
+        raise InputError(f"{empty[0]}: found no rows; expected rows with text")
     run.encode = encoder_of(args) if args.encoder else None
     if not args.no_filter and {"texts", "filter", "run", "preview"} & {args.command}:
         from filters import Settings, filtered
@@ -398,7 +402,7 @@ def reward_scores(args, store):
 def check_judge(run, data):
     """InputError if the judge is a model that writes here, or that wrote the data by the manifest beside or above it.
     """
-    writers = {one.model for one in (run.teacher, run.reasoner) if one}
+    writers = {one.model for one in (run.teacher, run.reasoner, run.policy) if one}
     for folder in {parent for path in data for parent in list(Path(path).resolve().parents)[:2]}:
         roles = read_json_if_there(folder / "manifest.json").get("roles", {})
         writers |= {roles.get(role) for role in ("teacher", "reasoner", "policy")} if isinstance(roles, dict) else set()

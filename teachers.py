@@ -1,13 +1,13 @@
 """Teachers: the models that write data, asked over OpenAI's API or run here.
 
-    a call whose key is stored is not asked again; any other is asked, its reply stored, then handed out
-    in flight at most L:   L <- 0.9 L at the first refusal (429, 503) of a burst, and C <- the L that was refused
-                           L <- L + 1/8 a reply while L < C - 1, then L + 1/128
+    a call whose key is stored      is not asked again; any other is asked, its reply stored, then handed out
+    refused, broken, timed out      is asked again after a pause, so often and so long (`Server.answer`)
+    no server, a key or a model     that is refused: all calls would fail alike, so an InputError ends the run, and none
+                                    of them is stored as failed
 
-It is TCP's additive increase and multiplicative decrease (Chiu and Jain, 1989), slow where refusals begin; before the
-first refusal L rises by one a reply. A server of 48 places was used to 95 %. The one policy of retries is in
-`Server.answer`, what counts as a reply in `calls.dialogue`; a model run here obeys the second too. The client is the
-`openai` package without its own retries (extra `synth`). The key comes from OPENAI_API_KEY and goes nowhere else.
+gate.py says how many are in flight, `calls.dialogue` what counts as a reply; a model run here obeys the second too. The
+client is the `openai` package without its own retries (extra `synth`). The key comes from OPENAI_API_KEY and goes
+nowhere else.
 
     store = Store("runs/synth/calls.sqlite")
     teacher = Teacher.open("http://localhost:8000/v1", store)              # or "local:models/smollm2-135m-instruct"
@@ -26,7 +26,7 @@ import random
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from types import SimpleNamespace
@@ -46,76 +46,24 @@ from calls import (
     redact,
     response_format,
 )
-from chat import check_vocabulary, render_chat
-from files import InputError, one_line, require_dir
-from generate import generate_batch, room
-from model import load_model
-from parallel import pick_device
-from tokenizer import Tokenizer
-from weights import DTYPES, stop_ids_of, weights_sha256
+from files import InputError, one_line
+from gate import Gate
+from local import Local
 
 TRIES = 5  # requests of one call that may fail; refusals do not count, only time bounds them
 BACKOFF = (0.5, 30.0)  # seconds: the first pause before a retry, which doubles, and the longest
-BUSY = (429, 503, 529)
+CONNECT = 30.0  # seconds in which a server takes a connection, or is not there
+BUSY, PASSING = (429, 503, 529), (408, 409, 425)  # refusals; what another try may mend, as it may any 5xx but 501
+NO_ENTRY = (401, 402, 404)  # a wrong key, no credit, a wrong address or model: the same for all calls
 
 # ----- a server ------------------------------------------------------------------------------------------------------
 
 
-class Gate:
-    """How many requests may be in flight: `limit`, which finds out by itself what the server takes. Used in one loop.
-
-    A refusal's Retry-After shuts the gate for that long, or until a reply shows that there is room again.
-    """
-
-    def __init__(self, most):
-        self.limit, self.most, self.ceiling, self.flying = float(min(8, most)), most, None, 0
-        self.cut_at, self.shut_until, self.turns = -math.inf, -math.inf, deque()
-
-    async def enter(self, again=False):
-        """Waits for a place, one that comes `again` before the others; returns the time."""
-        loop = asyncio.get_running_loop()
-        turn = loop.create_future()
-        (self.turns.appendleft if again else self.turns.append)(turn)
-        self.let_in()
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it had been let in
-                self.flying -= 1
-                self.let_in()
-            raise
-        return loop.time()
-
-    def leave(self, entered, outcome, retry_after=0.0):
-        """Gives the place back. The outcome is "answered", "refused", "timed out" or "broken", which says nothing."""
-        loop = asyncio.get_running_loop()
-        full = self.flying >= int(self.limit)
-        self.flying -= 1
-        if outcome in ("refused", "timed out"):
-            if entered > self.cut_at:  # sent after the last cut: a new burst
-                self.cut_at = loop.time()
-                self.ceiling = int(self.limit) if outcome == "refused" else self.ceiling
-                self.limit = max(1.0, min(0.9 * self.limit, self.limit - 1))
-            self.shut_until = max(self.shut_until, loop.time() + retry_after)
-            loop.call_later(retry_after, self.let_in)
-        elif outcome == "answered":
-            self.shut_until = -math.inf
-            if full:
-                step = 1 if self.ceiling is None else 1 / 8 if self.limit < self.ceiling - 1 else 1 / 128
-                self.limit = min(self.most, self.limit + step)
-        self.let_in()
-
-    def let_in(self):
-        open_now = asyncio.get_running_loop().time() >= self.shut_until
-        while self.turns and open_now and self.flying < int(self.limit):
-            turn = self.turns.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                self.flying += 1
-
-
 class Again(Exception):
-    """A request that may be sent again: why, its outcome (see Gate.leave), and the server's Retry-After in seconds."""
+    """A request that may be sent again: why, its outcome, and the server's Retry-After in seconds.
+
+    The outcome is "refused", "timed out", "broken", or "away": nobody was there to take the request.
+    """
 
     def __init__(self, why, outcome="broken", retry_after=0.0):
         super().__init__(why)
@@ -127,17 +75,18 @@ class Server:
     the caller's thread, so that a caller who is slow, or gone, delays nothing and loses nothing."""
 
     def __init__(self, url, store, model, *, concurrency, timeout, patience):
-        self.store, self.counts, self.timeout, self.patience = store, Counter(), timeout, patience
-        self.window, self.gate = 2 * concurrency, Gate(concurrency)
-        self.sessions, self.in_flight, self.forms = [], set(), {}  # forms: {schema: the form that the server takes}
+        self.url, self.store, self.timeout, self.patience = url, store, timeout, patience
+        self.counts, self.window, self.gate = Counter(), 2 * concurrency, Gate(concurrency)
+        self.sessions, self.in_flight, self.answered = [], set(), False
+        self.forms = {}  # {schema: the form that the server takes}
         self.unsaved, self.loop = queue.SimpleQueue(), asyncio.new_event_loop()
-        self.client, self.openai = open_client(url, concurrency, timeout)
+        self.client, self.openai, self.nobody = open_client(url, concurrency, timeout)
         self.threads = [threading.Thread(target=run, daemon=True) for run in (self.loop.run_forever, self.save)]
         for thread in self.threads:
             thread.start()
         atexit.register(self.close)
         try:
-            self.model = model or self.run(self.only_model(url))
+            self.model = model or self.run(self.only_model())
         except BaseException:
             self.close()
             raise
@@ -145,18 +94,23 @@ class Server:
     def run(self, work):
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
-    async def only_model(self, url):
-        """The one model that the server has."""
+    async def only_model(self):
+        """The name of the one model that the server has."""
         try:
             async with asyncio.timeout(min(self.timeout, 60)):
                 raw = await self.client.models.with_raw_response.list()
             names = [one["id"] for one in json.loads(raw.http_response.content)["data"]]
-        except (self.openai.APIError, TimeoutError, ValueError, LookupError, TypeError) as error:
+        except (self.openai.APIError, TimeoutError) as error:
             why = one_line(redact(str(error.__cause__ or error)))[:200] or "no answer in time"
-            raise InputError(f"{url}: found no list of models ({why}); expected a server of OpenAI's API") from None
+            raise InputError(f"{self.url}: found no list of models ({why}); expected a server of OpenAI's "
+                             "API") from None
+        except (ValueError, LookupError, TypeError, RecursionError):
+            names = [None]
+        if not all(isinstance(name, str) and name == redact(name) for name in names):
+            raise InputError(f"{self.url}: found no list of models; expected a server of OpenAI's API")
         if len(names) != 1:
-            names = redact(", ".join(map(str, names[:9])))[:300] or "none"
-            raise InputError(f"{url}: found the models {names}; expected one, or a name by --model")
+            raise InputError(f"{self.url}: found the models {', '.join(names[:9])[:300] or 'none'}; expected one, or a "
+                             "name beside the address, as by --teacher-model")
         return names[0]
 
     # --- the caller's thread
@@ -251,58 +205,64 @@ class Server:
                 except StopIteration as end:
                     self.unsaved.put((session.done, end.value))
                     return
-        except Exception as error:  # ours; the caller's thread raises it
+        except Exception as error:  # the caller's thread raises it
             self.unsaved.put((session.done, error))
         finally:
             session.tasks.discard(task)
 
     async def answer(self, session, key, messages, parameters, schema):
-        """The one policy of retries: a Reply, or after TRIES failures or `patience` seconds one with the failure."""
+        """The one policy of retries: a Reply, or after TRIES failures or `patience` seconds one with the failure.
+
+        Refusals, and the absence of a server that has answered before, are no failures: only time bounds them.
+        """
         sent = tries = 0
-        first, verdict, form, loop = None, None, "json_schema", self.loop  # form: how the schema is given; None: not
+        first, last, loop = None, None, self.loop
+        form = None if schema is None else "json_schema"  # how the schema is given; None: not
         while True:
             if session.stopped:
                 raise asyncio.CancelledError
             entered = await self.gate.enter(again=first is not None)
             first = entered if first is None else first
-            last, verdict = verdict, None
-            form = None if schema is None else self.forms.get(canonical(schema), form)
+            form = form and self.forms.get(canonical(schema), form)
             body = {**parameters, "response_format": response_format(schema, form)} if form else parameters
             seconds = max(0.0, min(self.timeout, first + self.patience - loop.time()))
-            outcome, wait = "broken", 0.0
+            outcome, wait = "unasked", 0.0
             self.in_flight.add(asyncio.current_task())
             try:
                 async with asyncio.timeout(seconds):
                     reply, status = await self.post(key, messages, body)
-                outcome = "answered" if status == 200 else outcome
+                outcome = "answered" if status == 200 else "denied"
             except TimeoutError:
-                outcome = "timed out"
-                verdict = last if last and seconds < self.timeout else Again(f"no whole reply within {seconds:.1f} s")
+                outcome, late = "timed out", Again(f"no whole reply within {seconds:.1f} s")
+                last = last if last and seconds < self.timeout else late
             except Again as error:
-                verdict, outcome, wait = error, error.outcome, error.retry_after
+                last, outcome, wait = error, error.outcome, error.retry_after
             finally:
                 self.in_flight.discard(asyncio.current_task())
                 self.gate.leave(entered, outcome, wait if wait <= self.patience else 0.0)
-            if verdict is None:
-                if form and status in (400, 422, 500, 501):
-                    # The server may not know the form: if the same call succeeds without, it does not. One that names
-                    # json_object, as llama-cpp-python does, takes the schema there.
-                    form = "json_object" if form == "json_schema" and "json_object" in reply.failure else None
-                    continue
+            self.answered = self.answered or outcome != "away"
+            if outcome == "denied" and form and status in (400, 422, 500, 501):
+                # The server may not know the form: if the same call succeeds without, it does not. One that names
+                # json_object, as llama-cpp-python does, takes the schema there.
+                form = "json_object" if form == "json_schema" and "json_object" in reply.failure else None
+                continue
+            if outcome in ("answered", "denied"):
                 if schema is not None and status == 200:
                     self.forms[canonical(schema)] = form
                 return reply
             self.counts[outcome] += 1
-            sent, tries = sent + 1, tries + (outcome != "refused")
+            sent, tries = sent + 1, tries + (outcome != "refused" and not (outcome == "away" and self.answered))
             pause = min(BACKOFF[1], BACKOFF[0] * 2 ** min(sent - 1, 30)) * random.uniform(0.5, 1)
             pause = max(pause, wait * random.uniform(1, 1.1))
             if tries >= TRIES or loop.time() + pause > first + self.patience:
+                if last.outcome == "away":
+                    raise InputError(f"{self.url}: {last}; expected a server of OpenAI's API")
                 asks = f"; it asks to wait {wait:,.0f} s" if wait else ""
-                return failed(key, f"{verdict}{asks}; given up after {loop.time() - first:.0f} s")
+                return failed(key, f"{last}{asks}; given up after {loop.time() - first:.0f} s")
             await asyncio.sleep(pause)
 
     async def post(self, key, messages, body):
-        """(Reply, HTTP status) of one request; raises Again where it is worth another."""
+        """(Reply, HTTP status) of one request; raises Again where it is worth another, InputError where no call is."""
         self.counts["requests"] += 1
         try:
             raw = await self.client.chat.completions.with_raw_response.create(
@@ -311,7 +271,8 @@ class Server:
         except self.openai.APIStatusError as error:
             response, status = error.response, error.status_code
         except self.openai.OpenAIError as error:
-            raise Again(redact(one_line(error.__cause__ or error)) or type(error.__cause__).__name__) from None
+            why = redact(one_line(error.__cause__ or error)) or type(error.__cause__).__name__
+            raise Again(why, "away" if isinstance(error.__cause__, self.nobody) else "broken") from None
         except (ValueError, RecursionError) as error:
             raise Again(f"the reply is broken: {one_line(redact(str(error)))}") from None
         if 300 <= status < 400:
@@ -324,11 +285,13 @@ class Server:
         except (ValueError, AttributeError, RecursionError):
             said, code = response.text, None
         why = f"{status}: {one_line(redact(str(said)))[:300]}"
+        if status in NO_ENTRY or code == "insufficient_quota":
+            raise InputError(f"{self.url}, model {self.model}: {why}; expected a server that takes this model's name "
+                             "and the key in OPENAI_API_KEY")
         foreign = "response_format" in body and "response_format" in why  # 500 in llama-cpp-python
-        if (code == "insufficient_quota" or (status < 500 and status not in (408, 409, 425, 429)) or status == 501
-                or foreign):
-            return failed(key, why), status
-        raise Again(why, "refused" if status in BUSY else "broken", retry_after(response.headers))
+        if status in BUSY or status in PASSING or (status >= 500 and status != 501 and not foreign):
+            raise Again(why, "refused" if status in BUSY else "broken", retry_after(response.headers))
+        return failed(key, why), status
 
 
 def retry_after(headers):
@@ -348,7 +311,8 @@ def retry_after(headers):
 
 
 def open_client(url, concurrency, timeout):
-    """(AsyncOpenAI, its module): without its own retries, without redirects and proxies, with bounded replies."""
+    """(AsyncOpenAI, its module, the errors of a server that is not there): a client without retries of its own, without
+    redirects and proxies, with bounded replies."""
     try:
         import openai
     except ImportError:
@@ -378,91 +342,11 @@ def open_client(url, concurrency, timeout):
         raise InputError("OPENAI_API_KEY: found characters that no HTTP header holds; expected a key")
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     transport = Bounded(limits=limits, trust_env=False)  # a given transport also keeps proxies out
-    http = openai.DefaultAsyncHttpxClient(transport=transport, follow_redirects=False, timeout=timeout)
-    return openai.AsyncOpenAI(api_key=key or "none", base_url=url, max_retries=0, http_client=http,
-                              default_headers={"Accept-Encoding": "identity"}), openai
-
-# ----- a model here --------------------------------------------------------------------------------------------------
-
-
-class Local:
-    """A model in a folder, run here by generate.generate_batch; `begin` and `finished` as in Server."""
-
-    def __init__(self, directory, store, model, *, batch_size, device, dtype):
-        directory = require_dir(directory, "a model")
-        self.store, self.window, self.counts = store, batch_size, Counter()
-        self.tokenizer = Tokenizer.from_dir(directory)
-        self.stop_ids = stop_ids_of(directory) | {self.tokenizer.end_of_turn()}
-        # a run trains the model of a folder anew, and its texts with it
-        self.model = model or f"local:{directory.resolve().name}@{weights_sha256(directory)[:12]}"
-        self.llama = load_model(directory, pick_device(device), DTYPES[dtype])
-        check_vocabulary(self.tokenizer, self.llama.config.vocab_size, directory)
-
-    def session(self):
-        return []
-
-    def begin(self, session, key, call, stored):
-        session.append((key, call, stored))
-
-    def finished(self, session, wait):
-        """The replies to all that has begun, if there is a reason to wait for them: a whole batch, or no further call.
-        """
-        if not wait:
-            return []
-        talks, replies = {}, []
-        for key, call, stored in session:
-            talk = dialogue(key, call, self.counts)
-            talks[key] = talk, next(talk), stored
-        session.clear()
-        while talks:
-            known = {key: stored for key, (_, _, stored) in talks.items() if stored}
-            asked = {key: request for key, (_, request, _) in talks.items() if key not in known}
-            for key, answer in (known | self.answers(asked)).items():
-                talk = talks.pop(key)[0]
-                try:
-                    talks[key] = talk, talk.send(answer), None
-                except StopIteration as end:
-                    replies.append(end.value)
-        self.store.put(*replies)
-        return replies
-
-    def answers(self, asked):
-        """{key: (messages, parameters)} -> {key: Reply}, those with the same settings in one batch."""
-        groups, replies = {}, {}
-        for key, (messages, parameters) in asked.items():
-            try:
-                ids, _ = render_chat(self.tokenizer, messages, add_generation_prompt=True)
-                groups.setdefault(settings_of(parameters), []).append((key, ids, room(self.llama, ids)))
-            except InputError as error:
-                replies[key] = failed(key, str(error))
-        for settings, prompts in groups.items():
-            self.counts["requests"] += len(prompts)
-            texts = generate_batch(self.llama, [ids for _, ids, _ in prompts], stop_ids=self.stop_ids, **dict(settings))
-            for (key, ids, most), new in zip(prompts, texts):
-                ended, full = new[-1] in self.stop_ids, len(new) == most
-                text = self.tokenizer.decode([i for i in new[:len(new) - ended] if i not in self.tokenizer.silent])
-                replies[key] = Reply(key, text, finish_reason="stop" if ended else "length",
-                                     usage={"prompt_tokens": len(ids), "completion_tokens": len(new)},
-                                     failure=None if ended or not full else "the model's context is full")
-        return replies
-
-    def end(self, session):
-        session.clear()
-
-    def close(self):
-        pass
-
-
-def settings_of(parameters):
-    """The API's parameters as those of generate_batch, sorted pairs. InputError for others."""
-    names = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "seed")}
-    names |= {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-    settings = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 1024, "seed": 0}
-    for name, value in parameters.items():
-        if name not in names or not isinstance(value, (int, float)) or value < (names[name] == "max_new_tokens"):
-            raise InputError(f"found the parameter {name} = {value!r}; expected numbers for {', '.join(names)}")
-        settings[names[name]] = value
-    return tuple(sorted(settings.items()))
+    http = openai.DefaultAsyncHttpxClient(transport=transport, follow_redirects=False,
+                                          timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT)))
+    client = openai.AsyncOpenAI(api_key=key or "none", base_url=url, max_retries=0, http_client=http,
+                                default_headers={"Accept-Encoding": "identity"})
+    return client, openai, (httpx.ConnectError, httpx.ConnectTimeout)
 
 # ----- a teacher -----------------------------------------------------------------------------------------------------
 

@@ -120,6 +120,9 @@ def test_odd_fields_of_a_completion_are_left_out():
     body = {"usage": {"prompt_tokens": "3", "completion_tokens": 4, "other": 5},
             "choices": [{"message": {"content": [1], "reasoning": {"a": 1}}}]}
     assert read_completion("k", body) == Reply("k", "", usage={"completion_tokens": 4})
+    for wrong in (-1, 10 ** 400, True, 2.5):  # tokens are added up, and cost money
+        body["usage"] = {"prompt_tokens": wrong, "completion_tokens": 0}
+        assert read_completion("k", body).usage == {"completion_tokens": 0}
 
 # ----- the store ------------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,9 @@
 """filters.py: every rule on rows judged by hand, planted copies of small benchmarks, and the stream as a whole."""
-import io
 import itertools
-import json
 import random
 import re
 import sys
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -18,14 +17,12 @@ from files import InputError
 from filters import (
     RULES,
     Settings,
-    dropped_row,
     filtered,
     foreign_run,
     fuzzy_copies,
     main_script,
     repeated_words,
     short_questions,
-    write_filtered,
 )
 from leaks import content, words
 
@@ -143,15 +140,6 @@ def test_the_first_rule_that_holds_is_given():
     assert rule(several) == "reference"
 
 
-def test_dropped_rows_go_to_a_side_file_with_their_evidence():
-    rows, kept, dropped = [row(), row(), row("Why?", "Zoë's 心 is " + DIFFERENT)], io.StringIO(), io.StringIO()
-    assert write_filtered(rows, kept, dropped, Settings(rules=("exact",))) == {"kept": 2, "exact": 1}
-    assert [*map(json.loads, kept.getvalue().splitlines())] == [rows[0], rows[2]]
-    assert json.loads(dropped.getvalue()) == {"rule": "exact", "evidence": "row 1", "row": rows[1]}
-    assert dropped_row(rows[1], ("exact", "row 1")) == json.loads(dropped.getvalue())
-    assert "Zoë's 心" in kept.getvalue()
-
-
 def test_all_shapes_of_rows_are_read():
     text = "According to the article, rest helps."
     for one in (row(text), row(response=text), {"messages": [{"role": "user", "content": text},
@@ -197,6 +185,15 @@ def test_questions_that_need_a_text_above_go(text):
     "Does air flow from the passage of the nose?", "Which documents does a patient need?"])
 def test_questions_that_stand_alone_stay(text):
     assert rule(row(text), rules=("reference",)) is None
+
+
+@pytest.mark.parametrize("text", ["a@" * 10_000, "a" * 50_000, "\u60a3" * 20_000, "a@" + "b" * 50_000, "www." * 10_000,
+                                  "the " * 10_000, "the" + " " * 50_000, "(" * 50_000])
+def test_a_hostile_text_takes_no_time(text):
+    """A pattern that may begin anywhere in a long word takes the square of its length, and with two parts the cube."""
+    begin = time.process_time()
+    rule({"text": text}, rules=("reference", "spam"))
+    assert time.process_time() - begin < 1
 
 
 def test_raw_text_may_call_itself_an_article():

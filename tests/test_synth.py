@@ -412,6 +412,8 @@ def test_a_model_does_not_judge_itself_without_saying_so(tmp_path, source, serve
         main(["run", *flags, "T", "--judge", "J", "--judge-model", "T"])
     with pytest.raises(InputError, match="--judge: R is also"):
         main(["run", *flags, "T", "--reasoner", "R", "--judge", "R"])
+    with pytest.raises(InputError, match="--judge: P is also"):  # it would rank its own answers below the traces
+        main(["run", *flags, "T", "--policy", "P", "--judge", "P"])
     main(["run", *flags, "T", "--same-judge"])
     data = [str(path) for path in (tmp_path / "a/FineMed-SFT").glob("*.jsonl")]
     with pytest.raises(InputError, match="--judge: T is also"):  # the manifest above the data names its writers
@@ -451,6 +453,18 @@ def test_a_batch_that_another_engine_answered_is_the_online_run(tmp_path, source
     del a["stages/judge-FineMed-SFT.json"], a["stages/judge-FineMed-SFT.jsonl"], a["dropped/judge-FineMed-SFT.jsonl"]
     assert [name for name in a if a[name] != b.get(name)] == ["README.md", "failed.jsonl", *(
         f"figures/{name}.png" for name in ("scores", "stages")), "manifest.json"]
+
+
+def test_what_no_run_can_be_made_of_is_named(tmp_path, servers):
+    out = ["--out", str(tmp_path / "o"), "--teacher", "T"]
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InputError, match=r"empty\.jsonl: found no rows; expected rows with text"):
+        main(["run", "--corpus", str(tmp_path / "empty.jsonl"), *out])
+    with pytest.raises(InputError, match="o: found no stages; expected the folder of a run"):
+        main(["report", *out])
+    (tmp_path / "half.jsonl").write_text('{"text": "gout"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(InputError, match=r"classify, .*half\.jsonl:2: a call holds a value that is not JSON"):
+        main(["run", "--corpus", str(tmp_path / "half.jsonl"), "--no-filter", *out])
 
 
 def test_a_stage_before_its_time_names_the_missing_file(tmp_path, servers):

@@ -7,22 +7,19 @@ import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 
 import pytest
-import torch
-from conftest import ROOT, tiny
+from conftest import ROOT
 
 import teachers
 from calls import Call, Reply, Store, export_batch, import_batch, key_of
 from files import InputError, resident
-from generate import generate
-from teachers import Gate, Local, Teacher
-from weights import weights_sha256
+from teachers import Teacher
 
 pytest.importorskip("openai", reason="no openai: pip install -e '.[synth]'")
 SECRET = "sk-secret-0123456789abcdef"
@@ -44,22 +41,21 @@ class Scripted:
 
     def __init__(self):
         self.requests, self.headers, self.now, self.most = [], [], 0, 0
-        self.loop, ready = asyncio.new_event_loop(), threading.Event()
+        self.loop, ready, self.port = asyncio.new_event_loop(), threading.Event(), 0
         self.script = self.echo
-
-        async def start():
-            server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
-            self.port = server.sockets[0].getsockname()[1]
-            ready.set()
 
         def run():
             asyncio.set_event_loop(self.loop)
-            self.loop.create_task(start())
+            self.loop.create_task(self.listen()).add_done_callback(lambda task: ready.set())
             self.loop.run_forever()
         self.thread = threading.Thread(target=run, daemon=True)
         self.thread.start()
         ready.wait()
         self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    async def listen(self):
+        self.listening = await asyncio.start_server(self.serve, "127.0.0.1", self.port)
+        self.port = self.listening.sockets[0].getsockname()[1]
 
     @staticmethod
     async def echo(request, writer):
@@ -219,14 +215,72 @@ def test_a_server_that_always_fails_is_given_up_and_asked_again_only_on_demand(s
     assert answers(opened(retry_failed=True), ask("a")) == [again] and len(server.requests) == teachers.TRIES + 1
 
 
-@pytest.mark.parametrize("status, code", [(400, None), (401, None), (404, None), (422, None), (501, None),
-                                          (429, "insufficient_quota")])
-def test_what_no_retry_mends_is_asked_once(server, opened, status, code):
+@pytest.mark.parametrize("status", [400, 403, 413, 422, 501])
+def test_what_no_retry_mends_is_asked_once(server, opened, status):
     async def script(request, writer):
-        return status, {}, {"error": {"message": "no", "code": code}}
+        return status, {}, {"error": {"message": "no"}}
     server.script = script
     reply, = answers(opened(), ask("a"))
     assert reply.failure == f"{status}: no" and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status, code", [(401, None), (402, None), (404, None), (429, "insufficient_quota")])
+def test_what_all_calls_would_meet_ends_the_run_and_is_no_failure_of_a_call(server, opened, store, status, code):
+    async def script(request, writer):
+        if request["messages"][-1]["content"] == "b":
+            await asyncio.sleep(0.05)
+            return status, {}, {"error": {"message": f"no, {SECRET}", "code": code}}
+        await asyncio.sleep(0.1 * (request["messages"][-1]["content"] == "c"))
+        return await server.echo(request, writer)
+    server.script = script
+    with pytest.raises(InputError) as error:
+        answers(opened(concurrency=3), *map(ask, "abcdefghijklmnop"))
+    assert str(error.value) == (f"{server.url}, model m: {status}: no, [key]; expected a server that takes this "
+                                "model's name and the key in OPENAI_API_KEY")
+    assert store.get(key_of("m", ask("b"))) is None and store.get(key_of("m", ask("c"))).text == "to c"
+
+
+def test_a_server_that_is_not_there_ends_the_run_and_is_no_failure_of_a_call(server, opened, store):
+    server.url, begin = "http://127.0.0.1:1/v1", time.monotonic()
+    teacher = opened()
+    with pytest.raises(InputError, match=r"^http://127.0.0.1:1/v1: All connection attempts failed; expected a server"):
+        answers(teacher, *map(ask, "ab"))
+    assert time.monotonic() - begin < 3 and teacher.counts["requests"] <= 2 * teachers.TRIES
+    assert store.get(key_of("m", ask("a"))) is None
+
+
+def test_a_host_that_takes_no_connection_is_not_there(server, opened, monkeypatch):
+    monkeypatch.setattr(teachers, "CONNECT", 0.05)
+    with socket.socket() as deaf, contextlib.ExitStack() as stack:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for _ in range(3):  # its queue is full
+            other = stack.enter_context(socket.socket())
+            other.setblocking(False)
+            other.connect_ex(deaf.getsockname())
+        server.url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
+        with pytest.raises(InputError, match=r"ConnectTimeout; expected a server of OpenAI's API"):
+            answers(opened(), ask("a"))
+
+
+def test_a_server_that_starts_again_is_waited_for(server, opened):
+    """Once it has answered, its absence is bounded by time alone."""
+    async def last(request, writer):
+        server.listening.close()
+        return 200, {"connection": "close"}, completion("to a")
+    server.script, teacher = last, opened()
+    assert answers(teacher, ask("a"))[0].text == "to a"
+    server.script, teacher.pool.patience = server.echo, 0.5
+    with pytest.raises(InputError, match="All connection attempts failed"):
+        answers(teacher, ask("b"))
+    teacher.pool.patience, before = 10, teacher.counts["away"]
+
+    def start_again():
+        while teacher.counts["away"] <= before + teachers.TRIES:
+            time.sleep(0.01)
+        asyncio.run_coroutine_threadsafe(server.listen(), server.loop)
+    threading.Thread(target=start_again, daemon=True).start()
+    assert answers(teacher, ask("b"))[0].text == "to b"
 
 
 async def hang(request, writer):
@@ -688,98 +742,6 @@ def test_a_run_that_is_stopped_asks_again_at_most_what_was_in_flight(server, tmp
 # ----- how many at once -----------------------------------------------------------------------------------------------
 
 
-def in_loop(main):
-    """Runs a coroutine function with a Gate of at most 64 whose limit is 10."""
-    async def run():
-        gate = Gate(64)
-        gate.limit = 10.0
-        return await main(gate)
-    return asyncio.run(run())
-
-
-@pytest.mark.parametrize("outcome, limit, ceiling", [("refused", 9.0, 10), ("timed out", 9.0, None),
-                                                     ("broken", 10.0, None), ("answered", 10.0, None)])
-def test_what_an_outcome_does_to_the_limit(outcome, limit, ceiling):
-    async def main(gate):
-        gate.leave(await gate.enter(), outcome)
-        assert (gate.limit, gate.ceiling, gate.flying) == (limit, ceiling, 0)
-    in_loop(main)
-
-
-def test_a_request_that_comes_again_goes_first_and_one_that_leaves_frees_its_place():
-    async def main(gate):
-        gate.limit, order = 1.0, []
-
-        async def enter(name, again):
-            await gate.enter(again)
-            order.append(name)
-        entered = await gate.enter()
-        waiting = [asyncio.create_task(enter(name, name == "again")) for name in ("new", "again", "last")]
-        await asyncio.sleep(0)
-        gate.leave(entered, "broken")  # lets "again" in, which is cancelled before it knows
-        waiting[1].cancel()
-        await asyncio.sleep(0.01)
-        assert order == ["new"] and gate.flying == 1
-        gate.leave(entered, "broken")
-        await asyncio.wait(waiting)
-        assert order == ["new", "last"] and gate.flying == 1
-        waiting = [asyncio.create_task(enter(name, name == "again")) for name in ("new", "again")]
-        await asyncio.sleep(0)
-        gate.leave(entered, "broken")
-        await asyncio.sleep(0.01)
-        assert order[2:] == ["again"]
-        waiting[0].cancel()
-    in_loop(main)
-
-
-class Clock:
-    """A selector of an event loop whose time passes only when nothing is left to do."""
-
-    def __init__(self):
-        import selectors
-        self.now, self.inner = 0.0, selectors.SelectSelector()
-
-    def select(self, timeout):
-        self.now += timeout or 0
-        return self.inner.select(0)
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-
-@pytest.mark.parametrize("places, jitter", [(48, 0.0), (48, 0.5), (6, 0.5)])
-def test_ninety_percent_of_what_a_server_takes_is_used_and_few_are_refused(places, jitter):
-    """A server that answers in a second and refuses more than `places` at once, for five minutes of simulated time."""
-    rng, clock = random.Random(0), Clock()
-    loop = asyncio.SelectorEventLoop(clock)
-    loop.time = lambda: clock.now
-    busy, done, refused = 0, [], []
-
-    async def client(gate):
-        nonlocal busy
-        while clock.now < 300:
-            entered = await gate.enter()
-            if busy == places:
-                await asyncio.sleep(0.002)
-                refused.append(clock.now)
-                gate.leave(entered, "refused", retry_after=1.0)
-                await asyncio.sleep(1.0)
-                continue
-            busy += 1
-            await asyncio.sleep(1 + jitter * (rng.random() - 0.5))
-            busy -= 1
-            done.append(clock.now)
-            gate.leave(entered, "answered")
-
-    async def main():
-        gate = Gate(256)
-        await asyncio.gather(*(client(gate) for _ in range(512)))
-    loop.run_until_complete(main())
-    loop.close()
-    done, refused = (sum(60 <= at < 300 for at in times) for times in (done, refused))
-    assert done > 0.95 * 240 * places and refused < 0.02 * done, (done / 240 / places, refused / done)
-
-
 def with_places(server, places, seconds):
     """Lets a server answer after some seconds and refuse more than so many at once; returns [(time, refused), …]."""
     busy, log = 0, []
@@ -830,11 +792,15 @@ def test_the_only_model_of_a_server_needs_no_name(server, opened, store):
     teacher = opened(model=None)
     assert teacher.model == "qwen" and answers(teacher, ask("a"))[0].key == key_of("qwen", ask("a"))
     models.append("llama")
-    with pytest.raises(InputError, match=r"found the models qwen, llama; expected one, or a name by --model"):
+    with pytest.raises(InputError, match=r"found the models qwen, llama; expected one, or a name beside the address"):
         opened(model=None)
-    server.script = broken
-    with pytest.raises(InputError, match="found no list of models"):
-        opened(model=None)
+    for models[:] in ([f"m {SECRET}"], [{"name": "m"}], [None]):  # a name is written to files, and a key is no name
+        with pytest.raises(InputError, match="found no list of models; expected") as error:
+            opened(model=None)
+        assert SECRET not in str(error.value)
+    for server.script in (broken, other_shape):
+        with pytest.raises(InputError, match="found no list of models"):
+            opened(model=None)
     server.script = hang
     with pytest.raises(InputError, match="no answer in time"):
         opened(model=None, timeout=0.1)
@@ -873,83 +839,6 @@ def test_without_the_extra_the_error_names_it(server, store, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(InputError, match=r"expected pip install -e '\.\[synth\]'"):
         Teacher.open(server.url, store, model="m")
-
-# ----- a model here ---------------------------------------------------------------------------------------------------
-
-
-class Letters:
-    """A tokenizer of the tiny model: a prompt's ids are its characters', an answer's text is its ids."""
-    silent = frozenset(range(10, 60))
-
-    def decode(self, ids):
-        return " ".join(map(str, ids))
-
-
-@pytest.fixture
-def local(store, monkeypatch):
-    """A Teacher of a tiny model in fp32, which stops at two ids."""
-    monkeypatch.setattr(teachers, "render_chat", lambda tokenizer, messages, add_generation_prompt: (
-        [ord(c) % 97 for message in messages for c in message["content"][-60:]], []))
-    pool = Local.__new__(Local)
-    pool.store, pool.window, pool.counts, pool.model = store, 4, Counter(), "local:tiny"
-    pool.tokenizer, pool.stop_ids, pool.llama = Letters(), {3, 4, 5}, tiny(torch.float32)
-    return Teacher(store, pool)
-
-
-def test_a_local_teacher_gives_what_generate_gives(local):
-    given = [ask("ab" * n, max_tokens=10, temperature=0.9, top_p=0.8, seed=n % 2) for n in range(1, 8)]
-    kinds = set()
-    for call, reply in zip(given, answers(local, *given)):
-        prompt = [ord(c) % 97 for c in call.messages[0]["content"]]
-        for room in (10, 20):
-            ids = list(generate(local.pool.llama, prompt, max_new_tokens=room, temperature=0.9, top_p=0.8,
-                                seed=call.parameters["seed"], stop_ids=local.pool.stop_ids))
-            if ids[-1] in local.pool.stop_ids:
-                break
-        kinds.add((ids[-1] in local.pool.stop_ids, room))
-        if ids[-1] in local.pool.stop_ids:
-            shown = " ".join(str(i) for i in ids[:-1] if i not in Letters.silent)
-            assert (reply.text or "") == shown and reply.finish_reason == "stop"
-        else:
-            assert reply.failure == "cut by length at 20 tokens"
-        assert local.store.get(reply.key) == reply
-    assert len(kinds) >= 2, kinds
-    before = local.counts["requests"]
-    assert len(answers(local, *given)) == 7 and local.counts["requests"] == before
-
-
-def test_the_defaults_of_a_local_teacher_are_the_apis():
-    assert dict(teachers.settings_of({})) == {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 1024, "seed": 0}
-    assert dict(teachers.settings_of({"max_completion_tokens": 5, "seed": 2})) == {
-        "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 5, "seed": 2}
-
-
-def test_a_local_teacher_says_what_it_cannot_do(local):
-    long, wrong, full, whole = answers(
-        local, Call(tuple({"role": "user", "content": "a" * 60} for _ in range(5))), ask("a", stop=["b"]),
-        Call(tuple({"role": "user", "content": "a" * 60} for _ in range(4)), {"max_tokens": 500, "temperature": 0}),
-        ask("b", max_tokens=1))
-    assert "300 tokens; expected 1 to 256" in long.failure and "found the parameter stop = ['b']" in wrong.failure
-    assert full.failure == "the model's context is full" and full.usage["completion_tokens"] == 17
-    assert whole.failure is None or whole.failure.startswith("cut by length at 2 ")
-
-
-def test_a_local_teacher_is_asked_once_more_for_json(local, monkeypatch):
-    said = iter(["no", '{"score": 1}', '{"score": 2}'])
-    monkeypatch.setattr(Letters, "decode", lambda self, ids: next(said))
-    local.pool.stop_ids = set(range(97))
-    first, second = answers(local, ask("a", SCHEMA), ask("b", SCHEMA))
-    assert (first.value, first.repaired, second.value, second.repaired) == ({"score": 2}, True, {"score": 1}, False)
-
-
-def test_a_folder_is_named_by_its_weights(base, store):
-    teacher = Teacher.open(f"local:{base}", store, device="cpu", dtype="fp32")
-    name, _, digest = teacher.model.partition("@")
-    assert name == "local:model" and digest == weights_sha256(base)[:12]
-    reply, = answers(teacher, ask("Hi", max_tokens=2, temperature=0))
-    assert reply.failure == "cut by length at 4 tokens" and reply.usage["prompt_tokens"] > 2 * 20
-    with pytest.raises(InputError, match="does not exist; expected the folder of a model"):
-        Teacher.open(f"local:{base}x", store)
 
 # ----- batch files ----------------------------------------------------------------------------------------------------
 
