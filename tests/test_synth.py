@@ -1,17 +1,24 @@
-"""The pipeline with a teacher that is a function: stages, resume, provenance, preview and the command line."""
+"""The pipeline with a teacher that is a function, and as a process that is killed, against a server that is a script:
+stages, resume, provenance, preview, batches and the command line."""
+import asyncio
 import json
 import os
 import random
 import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
-from conftest import FakeTeacher, Killed, MemoryStore, write_jsonl
+from conftest import ROOT, FakeTeacher, Killed, MemoryStore, Scripted, completion, write_jsonl
 
 import prompts
 import stages
 import synth
-from calls import Call, Reply
+from calls import Call, Reply, key_of
 from files import InputError
 from retrieve import read_records
 from rows import messages_of, pair_of
@@ -291,6 +298,174 @@ def test_other_rooms_have_their_hooks(tmp_path, source):
         assert len(left) == 1 or row["ranking"] == [len(text) for text in left]
     assert {row["paired"] for row in rows(run, "pair")} <= {"common", "scored lower", "no other answer", "wrong"}
     assert any(row.get("rejected") == "Short." for row in rows(run, "pair"))
+
+# ----- a process against a server -------------------------------------------------------------------------------------
+
+
+def call_of(request):
+    """(the model, the Call that was asked first, whether this request only has its JSON repaired) of a request."""
+    body = dict(request)
+    messages, model = body.pop("messages"), body.pop("model")
+    schema = body.pop("response_format", {"json_schema": {"schema": None}})["json_schema"]["schema"]
+    repair = messages[-1]["content"].startswith("This cannot be used")
+    return model, Call(tuple(messages[:-2] if repair else messages), dict(sorted(body.items())), schema), repair
+
+
+def answered(request):
+    """(status, body) by `answer`, which is a function of the call; a repair has other words, and so another chance."""
+    _, call, repair = call_of(request)
+    said = answer(replace(call, messages=tuple(request["messages"])) if repair else call)
+    if isinstance(said, Exception):
+        return 404, {"error": {"message": str(said)}}
+    thought, text = said if isinstance(said, tuple) else (None, said)
+    return 200, completion(json.dumps(text) if isinstance(text, dict) else text, reasoning=thought)
+
+
+@pytest.fixture
+def site(monkeypatch):
+    """A server with the models "teacher" and "judge", each at an address of its own. `log` has [key, when its reply
+    was sent or None] of every request, `opened` counts the runs that have begun."""
+    pytest.importorskip("openai", reason="no openai: pip install -e '.[synth]'")
+    server, rng = Scripted(), random.Random(0)
+    server.log, server.opened, server.seconds = [], 0, 0.0
+
+    async def script(request, writer):
+        if isinstance(request, str):
+            server.opened += "teacher" in request
+            return 200, {}, {"data": [{"id": request.split("/")[1]}]}
+        model, call, _ = call_of(request)
+        server.log.append(entry := [key_of(model, call), None])
+        await asyncio.sleep(server.seconds * rng.uniform(0.5, 1.5))
+        status, body = answered(request)
+        entry[1] = time.monotonic()
+        return status, {}, body
+    server.script = script
+    root = server.url.removesuffix("/v1")
+    server.flags = ["--teacher", f"{root}/teacher/v1", "--judge", f"{root}/judge/v1", "--concurrency", "8"]
+    yield server
+    server.close()
+
+
+def forked(flags):
+    """The process of a run, without the two seconds in which a new Python imports torch."""
+    if pid := os.fork():
+        return pid
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        main(flags)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def started(flags):
+    return subprocess.Popen([sys.executable, str(ROOT / "synth.py"), *flags], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL).pid
+
+
+def stored_keys(out, copy):
+    """The keys in the store of a run that was killed, read in a copy: to open the files would mend them."""
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    for path in out.glob("calls.sqlite*"):
+        shutil.copy(path, copy)
+    if not (copy / "calls.sqlite").exists():
+        return set()
+    with sqlite3.connect(copy / "calls.sqlite") as db:
+        return {key for key, in db.execute("SELECT key FROM replies")} if db.execute(
+            "SELECT 1 FROM sqlite_schema WHERE name = 'replies'").fetchone() else set()
+
+
+def results_of(out):
+    return {name: data for name, data in files_of(out).items() if not name.startswith("calls.sqlite")}
+
+
+def waited(pid, until):
+    """The exit status of a process that ends before `until`, None for one that does not."""
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    return None
+
+
+def check_killed(server, tmp_path, source, start, kills, longest):
+    """Kills runs `kills` times, each at a random moment of at most `longest` seconds after it has opened, and starts
+    them again; a run that ends before a kill has to end is followed by one in a new folder. Returns the figures."""
+    rng, lost, asked, runs, deaths = random.Random(0), 0, 0, 0, []
+    out = tmp_path / "out"  # of all runs, because rows that are judged name the file in it
+    flags = ["run", "--corpus", source, *server.flags, "--out", str(out)]
+    assert waited(start(flags), time.monotonic() + 600) == 0
+    expected, needed = results_of(out), {key for key, _ in server.log}
+    while len(deaths) < kills:
+        out.rename(tmp_path / f"run{runs}")
+        status, paid, runs = None, set(), runs + 1
+        while status != 0:
+            before, first, opened = stored_keys(out, tmp_path / "copy"), len(server.log), server.opened
+            pid = start(flags)
+            while server.opened == opened and (status := waited(pid, time.monotonic() + 0.005)) is None:
+                pass
+            begun = time.monotonic()
+            kill_at = begun + (rng.uniform(0, longest) if len(deaths) < kills else 600)
+            if status is None and (status := waited(pid, kill_at)) is None:
+                os.kill(pid, signal.SIGKILL)
+                died = time.monotonic()
+                deaths.append(died - begun)
+                status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                time.sleep(0.05)  # the server reads what is still on its way
+            assert status in (0, -signal.SIGKILL)
+            life = dict(server.log[first:])
+            assert not before & {*life}  # no call whose reply was stored is asked again
+            assert {*life} <= needed
+            gone = {*life} - stored_keys(out, tmp_path / "copy")
+            assert len(gone) <= 8 if status else not gone
+            assert all(life[key] is None or life[key] > died - 0.25 for key in gone)  # what was in flight, no more
+            lost, asked, paid = lost + len(gone), asked + len(life), paid | {*life}
+        assert paid == needed
+        found = results_of(out)
+        assert [name for name in expected if expected[name] != found.get(name)] == [] and {*found} == {*expected}
+    assert asked == runs * len(needed) + lost  # exactly what was lost is asked again
+    return {"kills": len(deaths), "runs": runs, "calls": len(needed), "asked again": lost,
+            "seconds to the kills": [round(one, 2) for one in sorted(deaths)]}
+
+
+FINDINGS = ["a swollen calf", "a low sodium", "a loud murmur", "a stiff neck", "a dry cough", "a high lactate",
+            "a weak pulse", "a red eye", "a painful hip", "a pale skin", "a slow reflex", "a broad complex"]
+
+
+def passages(count, questions):
+    """English texts that the filter keeps, but for the first, which comes twice, and questions with options."""
+    rng, rows = random.Random(4), []
+    for i in range(count - 1):
+        rows.append({"text": " ".join(
+            f"In ward {rng.randint(2, 999)} the patient with {one} was seen again because of {other} after "
+            f"{rng.randint(2, 40)} days." for one, other in (rng.sample(FINDINGS, 2) for _ in range(4))),
+            "url": f"page/{i}"})
+    return [*rows, rows[0]] + [
+        {"question": f"Which of these explains {FINDINGS[i]} in the morning?", "options": ["Gout", "Lupus", "Rash"],
+         "answer_idx": i % 3} for i in range(questions)]
+
+
+def test_a_killed_process_ends_in_the_same_files(site, tmp_path):
+    from filters import language_identifier
+    language_identifier()  # once, and not in each process
+    site.seconds = 0.02
+    source = write_jsonl(tmp_path / "corpus.jsonl", passages(6, 2))
+    figures = check_killed(site, tmp_path, source, forked, 3, 0.5)
+    assert figures["kills"] == 3 and figures["calls"] > 50
+
+
+@pytest.mark.heavy
+def test_a_process_killed_50_times_ends_in_the_same_files(site, tmp_path):
+    site.seconds = 0.8
+    source = write_jsonl(tmp_path / "corpus.jsonl", passages(40, 8))
+    figures = check_killed(site, tmp_path, source, started, 50, 4.0)
+    print(figures)
+    assert figures["kills"] == 50 and figures["calls"] > 300
+    names = {*results_of(tmp_path / "out")}
+    assert {"manifest.json", "failed.jsonl", "FineMed-DPO/FineMed-DPO.jsonl", "dropped/texts.jsonl"} <= names
 
 # ----- judge ---------------------------------------------------------------------------------------------------------
 
