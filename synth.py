@@ -320,11 +320,13 @@ def parse_args(argv):
     flag("--benchmark", "questions that no row may hold", type=kind_and_file, nargs="+", default=[],
          metavar="KIND=FILE")
     flag("--languages", "of the rows that are kept, as ISO 639-1", ["en"], nargs="+", metavar="CODE")
+    flag("--encoder", "drops questions whose vectors are nearly those of another or of --benchmark, by a folder of "
+         "sentence-transformers; the threshold is of all-MiniLM-L6-v2 (default: by their words alone)", metavar="DIR")
     flag("--no-filter", "keeps duplicates, leaks and spam", action="store_true")
     flag("--stage", "export-batch: whose missing calls are written", choices=[*SCRIPTS], metavar="STAGE")
     flag("--role", "export-batch: whose calls", "teacher", choices=("teacher", "reasoner", "judge", "policy"))
     flag("--batch", "export-batch writes it, import-batch reads it, in OpenAI's batch format", metavar="FILE")
-    flag("--device", "of a reward model", "auto", choices=("auto", "cpu", "cuda"))
+    flag("--device", "of a reward model and an encoder", "auto", choices=("auto", "cpu", "cuda"))
     flag("--licence", "of the sources, for the card (default: not stated)")
     flag("--price", "for the estimate, of a million tokens read and written", type=price, nargs="+", default=[],
          metavar="MODEL=READ,WRITTEN")
@@ -350,14 +352,15 @@ def opened(args, stack):
     if args.retry_failed:
         (out / "failed.jsonl").unlink(missing_ok=True)
     failed = {row["key"]: row["reason"] for _, row in finished_rows(out / "failed.jsonl", b'{"key": ')}
-    run = Run(out, Store(out / "calls.sqlite"), attempts=args.attempts, seed=args.seed, failed=failed,
+    store = stack.enter_context(contextlib.closing(Store(out / "calls.sqlite")))
+    run = Run(out, store, attempts=args.attempts, seed=args.seed, failed=failed,
               note=stack.enter_context(appended(out / "failed.jsonl")), prices=dict(args.price), licence=args.licence)
     for role in ("teacher", "reasoner", "judge", "policy"):
         if spec := getattr(args, role):
             settings = {"concurrency": args.concurrency} if args.concurrency else {}
-            setattr(run, role, Teacher.open(spec, run.store, model=getattr(args, f"{role}_model"),
-                                            allow_remote=args.allow_remote,
-                                            retry_failed=args.retry_failed, **settings))
+            teacher = Teacher.open(spec, run.store, model=getattr(args, f"{role}_model"),
+                                   allow_remote=args.allow_remote, retry_failed=args.retry_failed, **settings)
+            setattr(run, role, stack.enter_context(contextlib.closing(teacher)))
     run.reasoner = run.reasoner or run.teacher
     run.judge = run.judge or (run.teacher if args.same_judge else None)
     run.ranker = reward_scores(args, run.store) if args.reward else run.judge
@@ -368,8 +371,16 @@ def opened(args, stack):
     if not args.no_filter and {"texts", "filter", "run", "preview"} & {args.command}:
         from filters import Settings, filtered
         questions = [question for kind, file in args.benchmark for question in read_benchmark(kind, file)]
-        run.filtered, run.settings = filtered, Settings(questions=questions, languages=tuple(args.languages))
+        encode = encoder_of(args) if args.encoder else None
+        run.filtered = filtered
+        run.settings = Settings(questions=questions, languages=tuple(args.languages), encode=encode)
     return run
+
+
+def encoder_of(args):
+    """texts -> float32 [N, D] by the encoder of --encoder."""
+    from encoder import Encoder
+    return Encoder.from_dir(args.encoder, args.device).encode
 
 
 def reward_scores(args, store):

@@ -399,6 +399,9 @@ class MemoryStore(dict):
     def put(self, *replies):
         self.update({reply.key: reply for reply in replies})
 
+    def close(self):
+        """It outlives a command, as a file does."""
+
 
 class FakeTeacher:
     """Answers each call by `answer(call)`: a text, a dict as JSON, an Exception as a failure, (thought, text), or a
@@ -432,6 +435,9 @@ class FakeTeacher:
             if not reply.failure:
                 self.store.put(reply)
             yield i, reply
+
+    def close(self):
+        """Nothing is open."""
 
 # ----- a server that is a script --------------------------------------------------------------------------------------
 
