@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -260,6 +261,30 @@ def by_kind(call):
     return (f"Hm {seed}.", f"So t{number}: {new}.") if "## Thought" in text else f"Plain t{number}: {new}."
 
 
+def counts_of_new(out, path, store):
+    """{stage: the calls that a run over a corpus pays, judge too}; each of them once, and none that is stored."""
+    before = {*store}
+    teacher, judge = FakeTeacher(store, by_kind, "teacher"), FakeTeacher(store, by_kind, "judge")
+    run = go(Run(out, store, teacher=teacher, reasoner=teacher, judge=judge, ranker=judge), path)
+    judge_files(run, {"all": run.path("stages", "filter")})
+    new = [*teacher.asked, *judge.asked]
+    assert not before & {*new} and len(new) == len({*new})
+    stage_of = {key: at.removesuffix("-all") for at in (*synth.CHAIN[:-1], "judge-all") for row in rows(run, at)
+                for at, keys in row["calls"].items() for key in keys}
+    return dict(Counter(stage_of[key] for key in new))
+
+
+@pytest.fixture(scope="module")
+def paid_for(tmp_path_factory):
+    """(a corpus of 12 texts, the store of a run over them)."""
+    folder, store = tmp_path_factory.mktemp("paid"), MemoryStore()
+    path = write_jsonl(folder / "c.jsonl", [{"text": f"A text t{i}. More of it."} for i in range(12)])
+    assert counts_of_new(folder / "out", path, store) == {
+        "classify": 24, "ask": 12, "score": 24, "respond": 18, "rank": 24, "pair": 6, "judge": 12}
+    assert counts_of_new(folder / "out", path, store) == {}
+    return path, store
+
+
 @pytest.mark.parametrize("stage, name, mark, paid", [  # mark: a word by which the replies become others
     ("classify", "department", "", {"classify": 12}),
     ("classify", "specialty", "", {"classify": 12}),
@@ -272,25 +297,10 @@ def by_kind(call):
     ("rank", "answer", "", {"rank": 24}),
     ("pair", "plain", " (new)", {"pair": 6}),
     ("judge", "row", "", {"judge": 12})])
-def test_a_changed_prompt_pays_for_exactly_so_many_calls(tmp_path, monkeypatch, stage, name, mark, paid):
-    path = write_jsonl(tmp_path / "c.jsonl", [{"text": f"A text t{i}. More of it."} for i in range(12)])
-    store = MemoryStore()
-
-    def pipeline():
-        store_before = {*store}
-        teacher, judge = FakeTeacher(store, by_kind, "teacher"), FakeTeacher(store, by_kind, "judge")
-        run = Run(tmp_path / "out", store, teacher=teacher, reasoner=teacher, judge=judge, ranker=judge)
-        go(run, path)
-        judge_files(run, {"all": run.path("stages", "filter")})
-        new = [key for one in (teacher, judge) for key in one.asked]
-        assert not store_before & {*new} and len(new) == len({*new})
-        stages_of = {key: at for at in (*synth.CHAIN[:-1], "judge-all") for row in rows(run, at)
-                     for at, keys in row["calls"].items() for key in keys}
-        return {at: sum(stages_of[key] == at for key in new) for at in dict.fromkeys(stages_of[key] for key in new)}
-    assert pipeline() == {"classify": 24, "ask": 12, "score": 24, "respond": 18, "rank": 24, "pair": 6, "judge": 12}
-    assert pipeline() == {}
+def test_a_changed_prompt_pays_for_exactly_so_many_calls(tmp_path, monkeypatch, paid_for, stage, name, mark, paid):
+    path, store = paid_for
     monkeypatch.setitem(prompts.PROMPTS[stage], name, prompts.PROMPTS[stage][name] + mark + " ")
-    assert pipeline() == paid
+    assert counts_of_new(tmp_path / "out", path, MemoryStore(store)) == paid
 
 
 def test_failures_are_noted_not_asked_again_and_retried_on_request(tmp_path, source):
@@ -646,20 +656,6 @@ def test_preview_shows_rows_in_full_and_the_run_does_not_pay_again(tmp_path, sou
     assert not {*asked} & {*servers["T"].asked} and len(servers["T"].asked) > len(asked)
 
 
-def test_failed_calls_wait_for_retry_failed(tmp_path, source, servers):
-    flags = ["run", "--corpus", source, "--teacher", "T", "--judge", "J", "--out", str(tmp_path), "--no-filter"]
-    main(flags)
-    failed = [json.loads(line) for line in (tmp_path / "failed.jsonl").read_text().splitlines()]
-    assert [row["key"] for row in failed] == sorted({row["key"] for row in failed}) and len(failed) > 3
-    assert all({*row} == {"key", "stage", "model", "reason"} for row in failed)
-    before = files_of(tmp_path)
-    main(flags)
-    assert servers["T"].asked == servers["J"].asked == [] and files_of(tmp_path) == before
-    main([*flags, "--retry-failed"])
-    assert {*servers["T"].asked, *servers["J"].asked} == {row["key"] for row in failed}
-    assert files_of(tmp_path) == before
-
-
 @pytest.mark.parametrize("flags, message", [
     (["run", "--out", "o"], "run: expected --corpus FILE"),
     (["preview", "--corpus", "c", "--out", "o"], "expected preview N"),
@@ -700,12 +696,13 @@ def test_a_model_does_not_judge_itself_without_saying_so(tmp_path, source, serve
 
 
 def test_failures_of_a_server_wait_for_retry_failed(site, tmp_path, monkeypatch):
-    flags = ["run", "--corpus", write_jsonl(tmp_path / "c.jsonl", passages(8, 2)), *site.flags, "--no-filter", "--out",
+    flags = ["run", "--corpus", write_jsonl(tmp_path / "c.jsonl", passages(12, 3)), *site.flags, "--no-filter", "--out",
              str(tmp_path / "out")]
     main(flags)
     failed = [json.loads(line) for line in (tmp_path / "out/failed.jsonl").read_text().splitlines()]
-    assert {row["reason"] for row in failed} >= {"404: timed out"} and {*failed[0]} == {
-        "key", "stage", "model", "reason"}
+    assert [row["key"] for row in failed] == sorted({row["key"] for row in failed}) and len(failed) > 3
+    assert all({*row} == {"key", "stage", "model", "reason"} for row in failed)
+    assert {row["reason"] for row in failed} >= {"404: timed out"}
     before, site.log = results_of(tmp_path / "out"), []
     main(flags)
     assert site.log == [] and results_of(tmp_path / "out") == before
@@ -718,6 +715,44 @@ def test_failures_of_a_server_wait_for_retry_failed(site, tmp_path, monkeypatch)
     keys = [key for key, _ in site.log]
     assert {row["key"] for row in failed} <= {*keys}
     assert "404" not in (tmp_path / "out/failed.jsonl").read_text()
+
+
+def test_a_hostile_server_delays_a_run_and_changes_nothing(site, tmp_path, monkeypatch):
+    """Each call's first request is refused, fails, hangs or breaks off; the files are those of a kind server."""
+    source, out = write_jsonl(tmp_path / "c.jsonl", passages(8, 2)), tmp_path / "out"
+    flags = ["run", "--corpus", source, *site.flags, "--no-filter", "--out", str(out)]
+    main(flags)
+    expected, asked, rng = results_of(out), {key for key, _ in site.log}, random.Random(3)
+    out.rename(tmp_path / "kind")
+    kind, seen, used = site.script, set(), Counter()
+
+    async def hostile(request, writer):
+        text = json.dumps(request, sort_keys=True)
+        if isinstance(request, str) or text in seen:
+            return await kind(request, writer)
+        seen.add(text)
+        way = "hang" if len(seen) == 40 else rng.choice(["429", "429", "429", "500", "cut off", "no JSON", "kind"])
+        used[way] += 1
+        if way == "kind":
+            return await kind(request, writer)
+        if way == "hang":
+            await asyncio.sleep(9)
+        elif way == "cut off":
+            writer.write(b"HTTP/1.1 200 x\r\ncontent-length: 5000\r\n\r\n{\"choices\": [")
+        else:
+            return {"429": (429, {"retry-after": "0.03"}, {}), "500": (500, {}, {}), "no JSON": (200, {}, b"{")}[way]
+    site.script, site.log = hostile, []
+    made, opened = [], synth.Teacher.open
+    monkeypatch.setattr("teachers.BACKOFF", (0.01, 0.04))
+    monkeypatch.setattr(synth.Teacher, "open", lambda *args, **more: made.append(
+        opened(*args, timeout=1.0, **more)) or made[-1])
+    main(flags)
+    found = results_of(out)
+    assert [name for name in expected if expected[name] != found.get(name)] == [] and {*found} == {*expected}
+    assert len(used) == 6 and {key for key, _ in site.log} == asked
+    counts = sum((teacher.counts for teacher in made), Counter())
+    assert (counts["refused"], counts["timed out"], counts["broken"]) == (
+        used["429"], used["hang"], used["500"] + used["cut off"] + used["no JSON"])
 
 
 def test_no_key_is_in_any_file_of_a_run(site, tmp_path, monkeypatch, capsys):
