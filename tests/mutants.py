@@ -326,7 +326,7 @@ MUTANTS = {
         ("if weighs >= SHARE * totals[number] and sum(weight[word] for word in found - COMMON) >= least:",
          "if weighs >= SHARE * totals[number]:", "test_filters.py::test_the_share_by_hand"),
         ("for text in (*one.record.texts, *one.record.rejected):", "for text in one.record.texts:",
-         "test_filters.py::test_benchmark_questions_are_found_and_named"),
+         "test_filters.py::test_all_shapes_of_rows_are_read"),
         ("return f\"row {numbers[places[0, 0]]}: cosine {scores[0, 0]:.3f}\" if scores[0, 0] >= least else None",
          "return f\"row {numbers[places[0, 0]]}: cosine {scores[0, 0]:.3f}\" if scores[0, 0] >= 0.95 else None",
          "test_filters.py::test_questions_with_near_vectors_go_whatever_their_answers")],
