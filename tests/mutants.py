@@ -308,8 +308,8 @@ MUTANTS = {
          "test_dataset.py::test_the_manifest_and_the_card")],
     "synth.py": [
         ("if reply and not reply.failure and fits(reply, call.schema):", "if reply and not reply.failure:", BATCHED),
-        ("if key not in flying and not reply_of(run, key, call):  # it may have come by now",
-         "if True:", "test_synth.py::test_texts_that_are_the_same_are_asked_about_once"),
+        ("elif key not in flying and not reply_of(run, key, call):  # it may have come by now",
+         "else:", "test_synth.py::test_texts_that_are_the_same_are_asked_about_once"),
         ("note=stack.enter_context(appended(out / \"failed.jsonl\")), prices=dict(args.price), licence=args.licence)",
          "prices=dict(args.price), licence=args.licence)",
          "test_synth.py::test_failures_of_a_server_wait_for_retry_failed"),
