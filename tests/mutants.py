@@ -321,7 +321,10 @@ MUTANTS = {
          "test_synth.py::test_an_encoder_drops_questions_that_are_nearly_the_same"),
         ("return lambda: islice(rows_in(run.path(\"stages\", before)), args.limit)",
          "return lambda: rows_in(run.path(\"stages\", before))",
-         "test_synth.py::test_a_limit_holds_for_a_run_and_for_a_stage")],
+         "test_synth.py::test_a_limit_holds_for_a_run_and_for_a_stage"),
+        ("teacher = others[0] if others else None", "teacher = None",
+         "test_synth.py::test_no_pass_over_the_rows_is_made_for_a_teacher_of_whom_nothing_is_wanted"),
+        ("if not found:", "if True:", "test_synth.py::test_every_row_is_kept_or_dropped_with_its_reason")],
     "filters.py": [
         ("if weighs >= SHARE * totals[number] and sum(weight[word] for word in found - COMMON) >= least:",
          "if weighs >= SHARE * totals[number]:", "test_filters.py::test_the_share_by_hand"),

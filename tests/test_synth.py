@@ -314,6 +314,23 @@ def test_failures_are_noted_not_asked_again_and_retried_on_request(tmp_path, sou
     assert {*again.teacher.asked, *again.judge.asked} == {*run.failed}
 
 
+def test_no_pass_over_the_rows_is_made_for_a_teacher_of_whom_nothing_is_wanted(tmp_path):
+    run, passes = run_of(tmp_path), []
+    row = {"id": "1", "source": "s", "text": "gout", "questions": [], "calls": {}, "instruction": "Why?",
+           "response": "So."}
+
+    def once():
+        passes.append(row)
+        yield row
+    for stage, first in (("ask", 2), ("judge", 3)):  # to ask, to see that nothing is missing; before, the teacher's
+        passes.clear()
+        settle(run, stage, once)
+        assert len(passes) == first and not run.failed
+        settle(run, stage, once)
+        assert len(passes) == first + 1
+    assert (len(run.teacher.asked), len(run.judge.asked)) == (1, 1)
+
+
 def test_a_stored_failure_is_no_reply(tmp_path):
     run = run_of(tmp_path)
     path = write_jsonl(tmp_path / "c.jsonl", [{"text": "gout"}])
