@@ -543,9 +543,9 @@ def test_a_killed_process_ends_in_the_same_files(site, tmp_path):
     from filters import language_identifier
     language_identifier()  # once, and not in each process
     site.seconds = 0.02
-    source = write_jsonl(tmp_path / "corpus.jsonl", passages(6, 2))
-    figures = check_killed(site, tmp_path, source, forked, 3, 0.5)
-    assert figures["kills"] == 3 and figures["calls"] > 50
+    source = write_jsonl(tmp_path / "corpus.jsonl", passages(5, 1))
+    figures = check_killed(site, tmp_path, source, forked, 3, 0.4)
+    assert figures["kills"] == 3 and figures["calls"] > 40
 
 
 @pytest.mark.heavy
@@ -562,19 +562,20 @@ def test_a_batch_that_another_engine_answered_is_the_online_run(site, tmp_path):
     """Its replies come shuffled and one in thirty is missing; wrong JSON, which nobody knows as such at the import, is
     repaired by the run that follows, as it was online."""
     source, out, batch = write_jsonl(tmp_path / "c.jsonl", passages(12, 3)), tmp_path / "out", tmp_path / "batch.jsonl"
-    whole = [*site.flags, "--no-filter", "--out", str(out)]
-    main(["run", "--corpus", source, *whole])
+    whole = ["--no-filter", "--out", str(out)]
+    main(["run", "--corpus", source, *site.flags, *whole])
     expected, online, rng = results_of(out), site.log, random.Random(2)
     out.rename(tmp_path / "online")
     site.log, wrong, missing, paid = [], 0, 0, set()
     main(["texts", "--corpus", source, *whole])
     for stage in [*synth.CHAIN[1:], "judge"]:
         role = "judge" if stage in ("rank", "judge") else "teacher"
+        at = site.flags[site.flags.index(f"--{role}"):][:2] if stage in stages.SCRIPTS and stage != "select" else []
         data = ["--data", str(out / "stages/FineMed-SFT.jsonl")] if stage == "judge" else []
         if data:
             (out / "stages/FineMed-SFT.jsonl").symlink_to("filter.jsonl")
-        for _ in range(2 if stage == "classify" else 1 if stage in stages.SCRIPTS else 0):  # verify: the first round
-            main(["export-batch", "--stage", stage, "--role", role, "--batch", str(batch), *whole, *data])
+        for _ in range((2 if stage == "classify" else 1) if at else 0):  # verify: the first round
+            main(["export-batch", "--stage", stage, "--role", role, "--batch", str(batch), *at, *whole, *data])
             replies = []
             for row in map(json.loads, batch.read_text().splitlines()):
                 status, body = answered(row["body"])
@@ -591,7 +592,7 @@ def test_a_batch_that_another_engine_answered_is_the_online_run(site, tmp_path):
             rng.shuffle(replies)
             main(["import-batch", "--batch", write_jsonl(tmp_path / "replies.jsonl", replies or [" "]), "--out",
                   str(out)])
-        main([stage, *whole, *data])
+        main([stage, *at, *whole, *data])
     (out / "stages/FineMed-SFT.jsonl").unlink()
     main(["report", "--out", str(out)])
     found = results_of(out)
@@ -763,14 +764,14 @@ def test_a_hostile_server_delays_a_run_and_changes_nothing(site, tmp_path, monke
     made, opened = [], synth.Teacher.open
     monkeypatch.setattr("teachers.BACKOFF", (0.01, 0.04))
     monkeypatch.setattr(synth.Teacher, "open", lambda *args, **more: made.append(
-        opened(*args, timeout=1.0, **more)) or made[-1])
+        opened(*args, timeout=0.5, **more)) or made[-1])
     main(flags)
     found = results_of(out)
     assert [name for name in expected if expected[name] != found.get(name)] == [] and {*found} == {*expected}
     assert len(used) == 6 and {key for key, _ in site.log} == asked
     counts = sum((teacher.counts for teacher in made), Counter())
-    assert (counts["refused"], counts["timed out"], counts["broken"]) == (
-        used["429"], used["hang"], used["500"] + used["cut off"] + used["no JSON"])
+    assert (counts["refused"], counts["broken"]) == (used["429"], used["500"] + used["cut off"] + used["no JSON"])
+    assert counts["timed out"] >= used["hang"] == 1
 
 
 def test_no_key_is_in_any_file_of_a_run(site, tmp_path, monkeypatch, capsys):
