@@ -147,28 +147,32 @@ def missing_calls(run, stage, rows, teacher):
 
 
 def settle(run, stage, rows):
-    """Asks all teachers until no row misses a reply: once, and again for calls that depend on replies."""
-    found = True
-    while found:
-        found = False
-        for teacher in run.teachers():
-            flying = {}  # {key: Call}: the same call of two rows is asked once
+    """Asks until no row misses a reply: a teacher, again for what depends on its replies, then one that is still to be
+    asked. A pass over the rows takes time in which no one is asked, so none is made for a teacher without calls."""
+    teacher = next(iter(run.teachers()), None)
+    while teacher:
+        found, others, flying = False, [], {}  # flying, {key: Call}: the same call of two rows is asked once
 
-            def calls(teacher=teacher, flying=flying):
-                for key, call in missing_calls(run, stage, rows, teacher):
-                    if key not in flying and not reply_of(run, key, call):  # it may have come by now
+        def calls(teacher=teacher, others=others, flying=flying):
+            for row in rows():
+                for of, key, call in played(run, stage, row)[1]:
+                    if of is not teacher:
+                        others[:] = [of]
+                    elif key not in flying and not reply_of(run, key, call):  # it may have come by now
                         flying[key] = call
                         yield call
-            bar = tqdm(desc=f"{stage}: {teacher.model}", unit="call", delay=2, disable=None, file=sys.stderr)
-            with bar, contextlib.closing(teacher.ask(calls())) as replies:
-                for _, reply in replies:
-                    found, call = True, flying.pop(reply.key)
-                    if why := reply.failure or (None if fits(reply, call.schema) else "JSON that was not asked for"):
-                        run.failed[reply.key] = why
-                        run.note({"key": reply.key, "stage": stage, "model": teacher.model, "reason": why})
-                    bar.update()
-            if flying:
-                raise RuntimeError(f"{stage}: {len(flying)} calls to {teacher.model} came back without a reply")
+        bar = tqdm(desc=f"{stage}: {teacher.model}", unit="call", delay=2, disable=None, file=sys.stderr)
+        with bar, contextlib.closing(teacher.ask(calls())) as replies:
+            for _, reply in replies:
+                found, call = True, flying.pop(reply.key)
+                if why := reply.failure or (None if fits(reply, call.schema) else "JSON that was not asked for"):
+                    run.failed[reply.key] = why
+                    run.note({"key": reply.key, "stage": stage, "model": teacher.model, "reason": why})
+                bar.update()
+        if flying:
+            raise RuntimeError(f"{stage}: {len(flying)} calls to {teacher.model} came back without a reply")
+        if not found:
+            teacher = others[0] if others else None
 
 
 def run_stage(run, stage, rows, name=None):
@@ -356,14 +360,15 @@ def opened(args, stack):
     if args.retry_failed:
         (out / "failed.jsonl").unlink(missing_ok=True)
     failed = {row["key"]: row["reason"] for _, row in finished_rows(out / "failed.jsonl", b'{"key": ')}
-    run = Run(out, Store(out / "calls.sqlite"), attempts=args.attempts, seed=args.seed, failed=failed,
+    store = stack.enter_context(contextlib.closing(Store(out / "calls.sqlite")))
+    run = Run(out, store, attempts=args.attempts, seed=args.seed, failed=failed,
               note=stack.enter_context(appended(out / "failed.jsonl")), prices=dict(args.price), licence=args.licence)
     for role in ("teacher", "reasoner", "judge", "policy"):
         if spec := getattr(args, role):
             settings = {"concurrency": args.concurrency} if args.concurrency else {}
-            setattr(run, role, Teacher.open(spec, run.store, model=getattr(args, f"{role}_model"),
-                                            allow_remote=args.allow_remote,
-                                            retry_failed=args.retry_failed, **settings))
+            teacher = Teacher.open(spec, run.store, model=getattr(args, f"{role}_model"),
+                                   allow_remote=args.allow_remote, retry_failed=args.retry_failed, **settings)
+            setattr(run, role, stack.enter_context(contextlib.closing(teacher)))
     run.reasoner = run.reasoner or run.teacher
     run.judge = run.judge or (run.teacher if args.same_judge else None)
     run.ranker = reward_scores(args, run.store) if args.reward else run.judge

@@ -1,19 +1,37 @@
-"""The pipeline with a teacher that is a function: stages, resume, provenance, preview and the command line."""
+"""The pipeline with a teacher that is a function, and as a process that is killed, against a server that is a script:
+stages, resume, provenance, preview, batches and the command line."""
+import asyncio
 import contextlib
 import json
 import os
 import random
 import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
-from conftest import FakeTeacher, Killed, MemoryStore, write_jsonl
+from conftest import (
+    ROOT,
+    FakeTeacher,
+    Killed,
+    MemoryStore,
+    Scripted,
+    completion,
+    tiny_encoder,
+    tiny_vocabulary,
+    write_jsonl,
+)
 
 import plot
 import prompts
 import stages
 import synth
-from calls import Call, Reply
+from calls import Call, Reply, key_of
 from files import InputError
 from retrieve import read_records
 from rows import messages_of, pair_of
@@ -229,6 +247,65 @@ def test_a_late_prompt_leaves_the_stages_before_it_alone(whole, source, tmp_path
     assert other.asked == []
 
 
+def by_kind(call):
+    """Replies that depend on a call's question or passage, not on the words of its prompt: even texts are common."""
+    text, asked = call.messages[-1]["content"], {*call.schema["properties"]} if call.schema else set()
+    number = next((int(word[1:-1]) for message in call.messages for word in message["content"].split()
+                   if word[0] == "t" and word[1:-1].isdigit()), 0)
+    new = "new" * any("(new)" in message["content"] for message in call.messages)
+    values = {"question_1": f"Why t{number}? {new}", "question_2": f"How t{number}? {new}", "quality": 8,
+              "difficulty": 9 if number % 2 else 3, "relevance": 5, "mentions_case_details": False, "complexity": 5,
+              "answer_1": f"So t{number}: {new}.", "answer_2": f"Thus t{number}: {new}.", "score": 5}
+    if asked:
+        return {name: values[name] for name in call.schema["properties"]}
+    if "Reply with one name" in text:
+        return "Surgery" if "\nSurgery\n" in text else "Urology"
+    seed = call.parameters["seed"]
+    return (f"Hm {seed}.", f"So t{number}: {new}.") if "## Thought" in text else f"Plain t{number}: {new}."
+
+
+def counts_of_new(out, path, store):
+    """{stage: the calls that a run over a corpus pays, judge too}; each of them once, and none that is stored."""
+    before = {*store}
+    teacher, judge = FakeTeacher(store, by_kind, "teacher"), FakeTeacher(store, by_kind, "judge")
+    run = go(Run(out, store, teacher=teacher, reasoner=teacher, judge=judge, ranker=judge), path)
+    judge_files(run, {"all": run.path("stages", "filter")})
+    new = [*teacher.asked, *judge.asked]
+    assert not before & {*new} and len(new) == len({*new})
+    stage_of = {key: at.removesuffix("-all") for at in (*synth.CHAIN[:-1], "judge-all") for row in rows(run, at)
+                for at, keys in row["calls"].items() for key in keys}
+    return dict(Counter(stage_of[key] for key in new))
+
+
+@pytest.fixture(scope="module")
+def paid_for(tmp_path_factory):
+    """(a corpus of 12 texts, the store of a run over them)."""
+    folder, store = tmp_path_factory.mktemp("paid"), MemoryStore()
+    path = write_jsonl(folder / "c.jsonl", [{"text": f"A text t{i}. More of it."} for i in range(12)])
+    assert counts_of_new(folder / "out", path, store) == {
+        "classify": 24, "ask": 12, "score": 24, "respond": 18, "rank": 24, "pair": 6, "judge": 12}
+    assert counts_of_new(folder / "out", path, store) == {}
+    return path, store
+
+
+@pytest.mark.parametrize("stage, name, mark, paid", [  # mark: a word by which the replies become others
+    ("classify", "department", "", {"classify": 12}),
+    ("classify", "specialty", "", {"classify": 12}),
+    ("ask", "questions", "", {"ask": 12}),
+    ("ask", "questions", " (new)", {"ask": 12, "score": 24, "respond": 18, "rank": 24, "pair": 6, "judge": 12}),
+    ("score", "question", " (new)", {"score": 24}),  # the scores stay
+    ("respond", "common", "", {"respond": 6}),
+    ("respond", "common", " (new)", {"respond": 6, "rank": 12, "judge": 6}),
+    ("respond", "complex", " (new)", {"respond": 12, "rank": 12, "judge": 6}),
+    ("rank", "answer", "", {"rank": 24}),
+    ("pair", "plain", " (new)", {"pair": 6}),
+    ("judge", "row", "", {"judge": 12})])
+def test_a_changed_prompt_pays_for_exactly_so_many_calls(tmp_path, monkeypatch, paid_for, stage, name, mark, paid):
+    path, store = paid_for
+    monkeypatch.setitem(prompts.PROMPTS[stage], name, prompts.PROMPTS[stage][name] + mark + " ")
+    assert counts_of_new(tmp_path / "out", path, MemoryStore(store)) == paid
+
+
 def test_failures_are_noted_not_asked_again_and_retried_on_request(tmp_path, source):
     noted = []
     run = go(run_of(tmp_path / "a", note=noted.append), source)
@@ -238,6 +315,23 @@ def test_failures_are_noted_not_asked_again_and_retried_on_request(tmp_path, sou
     assert any(row["evidence"] == "timed out" for stage in synth.CHAIN for row in rows(run, stage, "dropped"))
     again = go(run_of(tmp_path / "b", run.store), source)  # a run without those failures
     assert {*again.teacher.asked, *again.judge.asked} == {*run.failed}
+
+
+def test_no_pass_over_the_rows_is_made_for_a_teacher_of_whom_nothing_is_wanted(tmp_path):
+    run, passes = run_of(tmp_path), []
+    row = {"id": "1", "source": "s", "text": "gout", "questions": [], "calls": {}, "instruction": "Why?",
+           "response": "So."}
+
+    def once():
+        passes.append(row)
+        yield row
+    for stage, first in (("ask", 2), ("judge", 3)):  # to ask, to see that nothing is missing; before, the teacher's
+        passes.clear()
+        settle(run, stage, once)
+        assert len(passes) == first and not run.failed
+        settle(run, stage, once)
+        assert len(passes) == first + 1
+    assert (len(run.teacher.asked), len(run.judge.asked)) == (1, 1)
 
 
 def test_a_stored_failure_is_no_reply(tmp_path):
@@ -294,6 +388,223 @@ def test_other_rooms_have_their_hooks(tmp_path, source):
         assert len(left) == 1 or row["ranking"] == [len(text) for text in left]
     assert {row["paired"] for row in rows(run, "pair")} <= {"common", "scored lower", "no other answer", "wrong"}
     assert any(row.get("rejected") == "Short." for row in rows(run, "pair"))
+
+# ----- a process against a server -------------------------------------------------------------------------------------
+
+
+def call_of(request):
+    """(the model, the Call that was asked first, whether this request only has its JSON repaired) of a request."""
+    body = dict(request)
+    messages, model = body.pop("messages"), body.pop("model")
+    schema = body.pop("response_format", {"json_schema": {"schema": None}})["json_schema"]["schema"]
+    repair = messages[-1]["content"].startswith("This cannot be used")
+    return model, Call(tuple(messages[:-2] if repair else messages), dict(sorted(body.items())), schema), repair
+
+
+def answered(request):
+    """(status, body) by `answer`, which is a function of the call; a repair has other words, and so another chance."""
+    _, call, repair = call_of(request)
+    said = answer(replace(call, messages=tuple(request["messages"])) if repair else call)
+    if isinstance(said, Exception):
+        return 413, {"error": {"message": str(said)}}
+    thought, text = said if isinstance(said, tuple) else (None, said)
+    return 200, completion(json.dumps(text) if isinstance(text, dict) else text, reasoning=thought)
+
+
+@pytest.fixture
+def site(monkeypatch):
+    """A server with the models "teacher" and "judge", each at an address of its own. `log` has [key, when its reply
+    was sent or None] of every request, `opened` counts the runs that have begun."""
+    pytest.importorskip("openai", reason="no openai: pip install -e '.[synth]'")
+    server, rng = Scripted(), random.Random(0)
+    server.log, server.opened, server.seconds = [], 0, 0.0
+
+    async def script(request, writer):
+        if isinstance(request, str):
+            server.opened += "teacher" in request
+            return 200, {}, {"data": [{"id": request.split("/")[1]}]}
+        model, call, _ = call_of(request)
+        server.log.append(entry := [key_of(model, call), None])
+        await asyncio.sleep(server.seconds * rng.uniform(0.5, 1.5))
+        status, body = answered(request)
+        entry[1] = time.monotonic()
+        return status, {}, body
+    server.script = script
+    root = server.url.removesuffix("/v1")
+    server.flags = ["--teacher", f"{root}/teacher/v1", "--judge", f"{root}/judge/v1", "--concurrency", "8"]
+    yield server
+    server.close()
+
+
+def forked(flags):
+    """The process of a run, without the two seconds in which a new Python imports torch."""
+    if pid := os.fork():
+        return pid
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        main(flags)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def started(flags):
+    return subprocess.Popen([sys.executable, str(ROOT / "synth.py"), *flags], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL).pid
+
+
+def stored_keys(out, copy):
+    """The keys in the store of a run that was killed, read in a copy: to open the files would mend them."""
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    for path in out.glob("calls.sqlite*"):
+        shutil.copy(path, copy)
+    if not (copy / "calls.sqlite").exists():
+        return set()
+    with sqlite3.connect(copy / "calls.sqlite") as db:
+        return {key for key, in db.execute("SELECT key FROM replies")} if db.execute(
+            "SELECT 1 FROM sqlite_schema WHERE name = 'replies'").fetchone() else set()
+
+
+def results_of(out):
+    return {name: data for name, data in files_of(out).items() if not name.startswith("calls.sqlite")}
+
+
+def waited(pid, until):
+    """The exit status of a process that ends before `until`, None for one that does not."""
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    return None
+
+
+def check_killed(server, tmp_path, source, start, kills, longest):
+    """Kills runs `kills` times, each at a random moment of at most `longest` seconds after it has opened, and starts
+    them again; a run that ends before a kill has to end is followed by one in a new folder. Returns the figures."""
+    rng, lost, unsaved, asked, runs, deaths = random.Random(0), 0, 0, 0, 0, []
+    out = tmp_path / "out"  # of all runs, because rows that are judged name the file in it
+    flags = ["run", "--corpus", source, *server.flags, "--out", str(out)]
+    assert waited(start(flags), time.monotonic() + 600) == 0
+    expected, needed = results_of(out), {key for key, _ in server.log}
+    while len(deaths) < kills:
+        out.rename(tmp_path / f"run{runs}")
+        status, paid, runs = None, set(), runs + 1
+        while status != 0:
+            before, first, opened = stored_keys(out, tmp_path / "copy"), len(server.log), server.opened
+            pid = start(flags)
+            while server.opened == opened and (status := waited(pid, time.monotonic() + 0.005)) is None:
+                pass
+            begun = time.monotonic()
+            kill_at = begun + (rng.uniform(0, longest) if len(deaths) < kills else 600)
+            if status is None and (status := waited(pid, kill_at)) is None:
+                os.kill(pid, signal.SIGKILL)
+                died = time.monotonic()
+                deaths.append(died - begun)
+                status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                time.sleep(0.05)  # the server reads what is still on its way
+            assert status in (0, -signal.SIGKILL)
+            life = dict(server.log[first:])
+            assert not before & {*life}  # no call whose reply was stored is asked again
+            assert {*life} <= needed
+            gone = {*life} - stored_keys(out, tmp_path / "copy")
+            assert status or not gone
+            late = [died - life[key] for key in gone if life[key] and life[key] < died]  # since these were sent
+            # no more than were in flight: asked, or answered in the last moments, and then on the way to the disk
+            assert len(gone) - len(late) <= 8 and len(gone) <= 2 * 8 and max(late, default=0) < 2, (len(gone), late)
+            unsaved += len(late)
+            lost, asked, paid = lost + len(gone), asked + len(life), paid | {*life}
+        assert paid == needed
+        found = results_of(out)
+        assert [name for name in expected if expected[name] != found.get(name)] == [] and {*found} == {*expected}
+    assert asked == runs * len(needed) + lost  # exactly what was lost is asked again
+    return {"kills": len(deaths), "runs": runs, "calls": len(needed), "asked again": lost,
+            "of these sent, but not yet stored": unsaved,
+            "seconds to the kills": [round(one, 2) for one in sorted(deaths)]}
+
+
+FINDINGS = ["a swollen calf", "a low sodium", "a loud murmur", "a stiff neck", "a dry cough", "a high lactate",
+            "a weak pulse", "a red eye", "a painful hip", "a pale skin", "a slow reflex", "a broad complex"]
+
+
+def passages(count, questions):
+    """English texts that the filter keeps, but for the first, which comes twice, and questions with options."""
+    rng, rows = random.Random(4), []
+    for i in range(count - 1):
+        rows.append({"text": " ".join(
+            f"In ward {rng.randint(2, 999)} the patient with {one} was seen again because of {other} after "
+            f"{rng.randint(2, 40)} days." for one, other in (rng.sample(FINDINGS, 2) for _ in range(4))),
+            "url": f"page/{i}"})
+    return [*rows, rows[0]] + [
+        {"question": f"Which of these explains {FINDINGS[i]} in the morning?", "options": ["Gout", "Lupus", "Rash"],
+         "answer_idx": i % 3} for i in range(questions)]
+
+
+def test_a_killed_process_ends_in_the_same_files(site, tmp_path):
+    from filters import language_identifier
+    language_identifier()  # once, and not in each process
+    site.seconds = 0.02
+    source = write_jsonl(tmp_path / "corpus.jsonl", passages(5, 1))
+    figures = check_killed(site, tmp_path, source, forked, 3, 0.4)
+    assert figures["kills"] == 3 and figures["calls"] > 40
+
+
+@pytest.mark.heavy
+def test_a_process_killed_50_times_ends_in_the_same_files(site, tmp_path):
+    site.seconds = 0.8
+    source = write_jsonl(tmp_path / "corpus.jsonl", passages(40, 8))
+    figures = check_killed(site, tmp_path, source, started, 50, 4.0)
+    print(figures)
+    assert figures["kills"] == 50 and figures["calls"] > 300
+    names = {*results_of(tmp_path / "out")}
+    assert {"manifest.json", "failed.jsonl", "FineMed-DPO/FineMed-DPO.jsonl", "dropped/texts.jsonl"} <= names
+
+def test_a_batch_that_another_engine_answered_is_the_online_run(site, tmp_path):
+    """Its replies come shuffled and one in thirty is missing; wrong JSON, which nobody knows as such at the import, is
+    repaired by the run that follows, as it was online."""
+    source, out, batch = write_jsonl(tmp_path / "c.jsonl", passages(12, 3)), tmp_path / "out", tmp_path / "batch.jsonl"
+    whole = ["--no-filter", "--out", str(out)]
+    main(["run", "--corpus", source, *site.flags, *whole])
+    expected, online, rng = results_of(out), site.log, random.Random(2)
+    out.rename(tmp_path / "online")
+    site.log, wrong, missing, paid = [], 0, 0, set()
+    main(["texts", "--corpus", source, *whole])
+    for stage in [*synth.CHAIN[1:], "judge"]:
+        role = "judge" if stage in ("rank", "judge") else "teacher"
+        at = site.flags[site.flags.index(f"--{role}"):][:2] if stage in stages.SCRIPTS and stage != "select" else []
+        data = ["--data", str(out / "stages/FineMed-SFT.jsonl")] if stage == "judge" else []
+        if data:
+            (out / "stages/FineMed-SFT.jsonl").symlink_to("filter.jsonl")
+        for _ in range((2 if stage == "classify" else 1) if at else 0):  # verify: the first round
+            main(["export-batch", "--stage", stage, "--role", role, "--batch", str(batch), *at, *whole, *data])
+            replies = []
+            for row in map(json.loads, batch.read_text().splitlines()):
+                status, body = answered(row["body"])
+                useful, schema = status == 200, call_of(row["body"])[1].schema
+                if useful and schema:
+                    text = body["choices"][0]["message"]["content"]
+                    useful = synth.fits(Reply("", text, value=json.loads(text)), schema)
+                    wrong += not useful
+                if rng.random() < 0.03:
+                    missing += 1
+                    continue
+                replies.append({"custom_id": row["custom_id"], "response": {"status_code": status, "body": body}})
+                paid |= {row["custom_id"].partition(".")[0]} if useful else set()
+            rng.shuffle(replies)
+            main(["import-batch", "--batch", write_jsonl(tmp_path / "replies.jsonl", replies or [" "]), "--out",
+                  str(out)])
+        main([stage, *at, *whole, *data])
+    (out / "stages/FineMed-SFT.jsonl").unlink()
+    main(["report", "--out", str(out)])
+    found = results_of(out)
+    assert wrong > 0 and missing > 0 and len(paid) > 70, (wrong, missing, len(paid))
+    assert {*found} == {*expected}
+    assert [name for name in expected if expected[name] != found[name].replace(
+        b"FineMed-SFT.jsonl", b"filter.jsonl")] == []
+    assert not paid & {key for key, _ in site.log} and {key for key, _ in online} == paid | {key for key, _ in site.log}
+
 
 # ----- judge ---------------------------------------------------------------------------------------------------------
 
@@ -367,20 +678,6 @@ def test_preview_shows_rows_in_full_and_the_run_does_not_pay_again(tmp_path, sou
     assert not {*asked} & {*servers["T"].asked} and len(servers["T"].asked) > len(asked)
 
 
-def test_failed_calls_wait_for_retry_failed(tmp_path, source, servers):
-    flags = ["run", "--corpus", source, "--teacher", "T", "--judge", "J", "--out", str(tmp_path), "--no-filter"]
-    main(flags)
-    failed = [json.loads(line) for line in (tmp_path / "failed.jsonl").read_text().splitlines()]
-    assert [row["key"] for row in failed] == sorted({row["key"] for row in failed}) and len(failed) > 3
-    assert all({*row} == {"key", "stage", "model", "reason"} for row in failed)
-    before = files_of(tmp_path)
-    main(flags)
-    assert servers["T"].asked == servers["J"].asked == [] and files_of(tmp_path) == before
-    main([*flags, "--retry-failed"])
-    assert {*servers["T"].asked, *servers["J"].asked} == {row["key"] for row in failed}
-    assert files_of(tmp_path) == before
-
-
 @pytest.mark.parametrize("flags, message", [
     (["run", "--out", "o"], "run: expected --corpus FILE"),
     (["preview", "--corpus", "c", "--out", "o"], "expected preview N"),
@@ -422,39 +719,6 @@ def test_a_model_does_not_judge_itself_without_saying_so(tmp_path, source, serve
     main(["judge", "--data", *data, "--judge", "J", "--out", str(tmp_path / "b")])
 
 
-def test_a_batch_that_another_engine_answered_is_the_online_run(tmp_path, source, servers, capsys):
-    """Its replies come shuffled, one in thirty is missing, and a schema is not known where they are imported."""
-    flags = ["--teacher", "T", "--judge", "J", "--no-filter"]
-    main(["run", "--corpus", source, "--out", str(tmp_path / "a"), *flags])
-    out, batch, rng, sent = ["--out", str(tmp_path / "b"), *flags], tmp_path / "batch.jsonl", random.Random(1), 0
-    main(["texts", "--corpus", source, *out])
-    for stage in synth.CHAIN[1:]:
-        for role in ("teacher", "judge") * 2 if stage in stages.SCRIPTS else ():
-            main(["export-batch", "--stage", stage, "--role", role, "--batch", str(batch), *out])
-            replies = []
-            for line in batch.read_text().splitlines():
-                row = json.loads(line)
-                body = row.pop("body")
-                schema = body.pop("response_format", {"json_schema": {"schema": None}})["json_schema"]["schema"]
-                messages, model = tuple(body.pop("messages")), body.pop("model")
-                reply = servers[model].reply(Call(messages, body, schema))
-                assert row["custom_id"].partition(".")[0] == reply.key
-                if not reply.failure and rng.random() > 0.03:
-                    message = {"role": "assistant", "content": reply.text, "reasoning": reply.thought}
-                    replies.append({"custom_id": row["custom_id"], "response": {"status_code": 200, "body": {
-                        "choices": [{"message": message, "finish_reason": "stop"}], "usage": reply.usage}}})
-            rng.shuffle(replies)
-            sent += len(replies)
-            main(["import-batch", "--batch", write_jsonl(tmp_path / "replies.jsonl", replies or [" "]), *out])
-        main([stage, *out])
-        sent -= len(servers["T"].asked) + len(servers["J"].asked)
-    assert sent > 200
-    a, b = (files_of(tmp_path / name) for name in "ab")
-    del a["stages/judge-FineMed-SFT.json"], a["stages/judge-FineMed-SFT.jsonl"], a["dropped/judge-FineMed-SFT.jsonl"]
-    assert [name for name in a if a[name] != b.get(name)] == ["README.md", "failed.jsonl", *(
-        f"figures/{name}.png" for name in ("scores", "stages")), "manifest.json"]
-
-
 def test_what_no_run_can_be_made_of_is_named(tmp_path, servers):
     out = ["--out", str(tmp_path / "o"), "--teacher", "T"]
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -465,6 +729,194 @@ def test_what_no_run_can_be_made_of_is_named(tmp_path, servers):
     (tmp_path / "half.jsonl").write_text('{"text": "gout"}\n{"text": "\\ud83d"}\n')
     with pytest.raises(InputError, match=r"classify, .*half\.jsonl:2: a call holds a value that is not JSON"):
         main(["run", "--corpus", str(tmp_path / "half.jsonl"), "--no-filter", *out])
+
+
+def test_failures_of_a_server_wait_for_retry_failed(site, tmp_path, monkeypatch):
+    flags = ["run", "--corpus", write_jsonl(tmp_path / "c.jsonl", passages(12, 3)), *site.flags, "--no-filter", "--out",
+             str(tmp_path / "out")]
+    main(flags)
+    failed = [json.loads(line) for line in (tmp_path / "out/failed.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in failed] == sorted({row["key"] for row in failed}) and len(failed) > 3
+    assert all({*row} == {"key", "stage", "model", "reason"} for row in failed)
+    assert {row["reason"] for row in failed} >= {"413: timed out"}
+    before, site.log = results_of(tmp_path / "out"), []
+    main(flags)
+    assert site.log == [] and results_of(tmp_path / "out") == before
+    main([*flags, "--retry-failed"])
+    assert {key for key, _ in site.log} == {row["key"] for row in failed} and results_of(tmp_path / "out") == before
+    site.log, mended = [], answered  # the server recovers: only then new calls follow
+    monkeypatch.setitem(globals(), "answered", lambda request: (
+        mended(request) if mended(request)[0] == 200 else (200, completion("Surgery"))))
+    main([*flags, "--retry-failed"])
+    keys = [key for key, _ in site.log]
+    assert {row["key"] for row in failed} <= {*keys}
+    assert "413" not in (tmp_path / "out/failed.jsonl").read_text()
+
+
+def test_a_hostile_server_delays_a_run_and_changes_nothing(site, tmp_path, monkeypatch):
+    """Each call's first request is refused, fails, hangs or breaks off; the files are those of a kind server."""
+    source, out = write_jsonl(tmp_path / "c.jsonl", passages(8, 2)), tmp_path / "out"
+    flags = ["run", "--corpus", source, *site.flags, "--no-filter", "--out", str(out)]
+    main(flags)
+    expected, asked, rng = results_of(out), {key for key, _ in site.log}, random.Random(3)
+    out.rename(tmp_path / "kind")
+    kind, seen, used = site.script, set(), Counter()
+
+    async def hostile(request, writer):
+        text = json.dumps(request, sort_keys=True)
+        if isinstance(request, str) or text in seen:
+            return await kind(request, writer)
+        seen.add(text)
+        way = "hang" if len(seen) == 40 else rng.choice(["429", "429", "429", "500", "cut off", "no JSON", "kind"])
+        used[way] += 1
+        if way == "kind":
+            return await kind(request, writer)
+        if way == "hang":
+            await asyncio.sleep(9)
+        elif way == "cut off":
+            writer.write(b"HTTP/1.1 200 x\r\ncontent-length: 5000\r\n\r\n{\"choices\": [")
+        else:
+            return {"429": (429, {"retry-after": "0.03"}, {}), "500": (500, {}, {}), "no JSON": (200, {}, b"{")}[way]
+    site.script, site.log = hostile, []
+    made, opened = [], synth.Teacher.open
+    monkeypatch.setattr("teachers.BACKOFF", (0.01, 0.04))
+    monkeypatch.setattr(synth.Teacher, "open", lambda *args, **more: made.append(
+        opened(*args, timeout=0.5, **more)) or made[-1])
+    main(flags)
+    found = results_of(out)
+    assert [name for name in expected if expected[name] != found.get(name)] == [] and {*found} == {*expected}
+    assert len(used) == 6 and {key for key, _ in site.log} == asked
+    counts = sum((teacher.counts for teacher in made), Counter())
+    assert (counts["refused"], counts["broken"]) == (used["429"], used["500"] + used["cut off"] + used["no JSON"])
+    assert counts["timed out"] >= used["hang"] == 1
+
+
+def test_no_key_is_in_any_file_of_a_run(site, tmp_path, monkeypatch, capsys):
+    """Every reply holds the key: in its text, in the thought, in JSON's escapes, in an error."""
+    secret = "sk-secret-0123456789abcdef"
+    hidden, whole = "".join(f"\\u{ord(c):04x}" for c in secret), answered
+    monkeypatch.setenv("OPENAI_API_KEY", secret)
+
+    def echoing(request):
+        status, body = whole(request)
+        if status == 200:
+            message = body["choices"][0]["message"]
+            if message["content"].startswith("{"):
+                message["content"] = message["content"].replace("Which ", f"Which {hidden} ").replace(
+                    "It is ", f"It is {secret} ")
+            else:
+                message["content"] += f" {secret}" * (" " in message["content"])
+            message["reasoning"] = f"{message['reasoning']} {secret}" if message["reasoning"] else None
+        return status, body if status == 200 else {"error": {"message": f"{secret} is wrong"}}
+    monkeypatch.setitem(globals(), "answered", echoing)
+    source = write_jsonl(tmp_path / "c.jsonl", passages(8, 2))
+    main(["run", "--corpus", source, *site.flags, "--no-filter", "--out", str(tmp_path / "out")])
+    found = files_of(tmp_path)
+    assert b"[key]" in found["out/stages/filter.jsonl"] and b"[key] is wrong" in found["out/failed.jsonl"]
+    for text in (*map(repr, found.values()), *capsys.readouterr()):
+        assert secret not in text and secret[:-3] not in text and hidden not in text
+
+# ----- flags ---------------------------------------------------------------------------------------------------------
+
+
+ENGLISH = ("Warfarin thins the blood of patients with an irregular heartbeat, and its effect has to be measured every "
+           "few weeks because food and other drugs change it.")
+GERMAN = ("Warfarin verdünnt das Blut von Patienten mit unregelmäßigem Herzschlag, und seine Wirkung muss alle paar "
+          "Wochen gemessen werden, weil Nahrung und andere Arzneimittel sie verändern.")
+HELD = "Which vitamin is withheld from a patient whose warfarin is meant to thin the blood for the rest of her life?"
+
+
+def kept_texts(tmp_path, *flags, given=None):
+    """[(the rule by which a row goes or None), …] of the texts stage over rows that have each their fault."""
+    given = given or [{"text": ENGLISH}, {"text": GERMAN}, {"text": f"{ENGLISH} {HELD} It is vitamin K."},
+                      {"text": ENGLISH.upper()}, {"text": "Buy now, order online and get free shipping! " + ENGLISH}]
+    out = tmp_path / "out"
+    main(["texts", "--corpus", write_jsonl(tmp_path / "c.jsonl", given), "--out", str(out), *flags])
+    lost = {row["source"]: row["rule"] for row in map(json.loads, (
+        out / "dropped/texts.jsonl").read_text().splitlines())}
+    kept = {row["source"] for row in map(json.loads, (out / "stages/texts.jsonl").read_text().splitlines())}
+    places = [f"{tmp_path / 'c.jsonl'}:{i + 1}" for i in range(len(given))]
+    assert sorted([*lost, *kept]) == sorted(places[:len(lost) + len(kept)])
+    return [lost.get(place, None if place in kept else "not read") for place in places]
+
+
+def test_the_flags_of_the_filter(tmp_path, servers):
+    benchmark = write_jsonl(tmp_path / "medqa.jsonl", [
+        {"question": HELD, "options": {"A": "Vitamin A", "B": "Vitamin K"}, "answer_idx": "B"}])
+    assert kept_texts(tmp_path) == [None, "language", None, "exact", "spam"]
+    assert kept_texts(tmp_path, "--languages", "en", "de") == [None, None, None, "exact", "spam"]
+    assert kept_texts(tmp_path, "--languages", "de")[:2] == ["language", None]
+    assert kept_texts(tmp_path, "--benchmark", f"medqa={benchmark}") == [None, "language", "leak", "exact", "spam"]
+    assert kept_texts(tmp_path, "--no-filter", "--benchmark", f"medqa={benchmark}") == [None] * 5
+    assert kept_texts(tmp_path, "--limit", "2") == [None, "language", *["not read"] * 3]
+
+
+def test_an_encoder_drops_questions_that_are_nearly_the_same(tmp_path, servers):
+    """The tiny encoder reads 40 tokens, so the third text has the first's vector, but other words after them."""
+    from encoder import Encoder
+    folder, _ = tiny_encoder(tmp_path / "bge-tiny-en")
+    rng = random.Random(0)
+    begin, *ends = (" ".join(rng.choice(["patient", "pain", "chest", "fever", "drug", "asthma", "surgery", "give"])
+                             for _ in range(45)) for _ in range(3))
+    given = [{"text": text} for text in (f"{begin} {ends[0]}", ends[1], f"{begin} {ends[1]}")]
+    first, second, third = Encoder.from_dir(folder).encode([row["text"] for row in given])
+    assert first @ third > 0.99 > first @ second
+    assert kept_texts(tmp_path, "--encoder", str(folder), "--device", "cpu", given=given) == [None, None, "embedding"]
+    assert kept_texts(tmp_path, given=given) == [None] * 3
+    with pytest.raises(InputError, match="no-encoder: does not exist; expected the folder of an encoder"):
+        kept_texts(tmp_path, "--encoder", str(tmp_path / "no-encoder"))
+
+
+def test_a_limit_holds_for_a_run_and_for_a_stage(tmp_path, source, servers):
+    flags = ["--teacher", "T", "--no-filter", "--out", str(tmp_path)]
+    main(["run", "--corpus", source, "--limit", "5", *flags])
+    states = {stage: json.loads((tmp_path / f"stages/{stage}.json").read_text()) for stage in ("texts", "classify")}
+    assert [state["in"] for state in states.values()] == [5, 5]
+    main(["classify", "--limit", "2", *flags])
+    assert json.loads((tmp_path / "stages/classify.json").read_text())["in"] == 2
+    with pytest.raises(InputError, match="found '0', expected a whole number of at least 1"):
+        main(["classify", "--limit", "0", *flags])
+
+
+def test_prices_make_the_cost(tmp_path, source, servers):
+    flags = ["--teacher", "T", "--judge", "J", "--no-filter", "--out", str(tmp_path)]
+    main(["run", "--corpus", source, "--limit", "5", "--price", "T=1000,50", "=ModelWithoutCalls=1,1", *flags])
+    models = json.loads((tmp_path / "manifest.json").read_text())["models"]
+    counts = models["T"]
+    assert counts["cost"] == round((1000 * counts["prompt_tokens"] + 50 * counts["completion_tokens"]) / 1e6, 4) > 0
+    assert "cost" not in models["J"] and f"| {counts['cost']} |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_reward_model_ranks(tmp_path, servers):
+    transformers = pytest.importorskip("transformers")
+    from reward import load_reward, rewards
+    folder = tmp_path / "rewarding"
+    transformers.LlamaForSequenceClassification(transformers.LlamaConfig(
+        vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, num_labels=1, pad_token_id=0)).save_pretrained(folder)
+    tiny_vocabulary(tmp_path / "v", "chatml")
+    shutil.copy(tmp_path / "v/tokenizer.json", folder)
+    given = [{"instruction": f"What is {word}?", "id": word,
+              "responses": [{"text": f"{word} {i}", "label": "unproven"} for i in "ab"],
+              "source": "s", "text": "", "questions": [], "calls": {}} for word in WORDS]
+    given[3]["responses"][0]["text"] = "long " * 200  # does not fit the model's context: no score
+    out = tmp_path / "out"
+    main(["rank", "--data", write_jsonl(tmp_path / "r.jsonl", given), "--reward", str(folder), "--device", "cpu",
+          "--judge", "J", "--out", str(out)])
+    found = [json.loads(line) for line in (out / "stages/rank.jsonl").read_text().splitlines()]
+    model, tokenizer = load_reward(folder)
+    assert len(found) == len(WORDS) and servers["J"].asked == []
+    for i, (before, row) in enumerate(zip(given, found)):
+        texts = [one["text"] for one in before["responses"]]
+        scores = [None if len(text) > 500 else rewards(model, tokenizer, [[
+            {"role": "user", "content": before["instruction"]}, {"role": "assistant", "content": text}]])[0]
+            for text in texts]
+        assert row["ranking"] == pytest.approx(scores, abs=0.02) if i != 3 else row["ranking"][0] is None
+        best = max(score for score in row["ranking"] if score is not None)
+        assert row["response"] == texts[row["ranking"].index(best)]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["roles"]["ranker"].startswith("reward:rewarding@") and manifest["roles"]["judge"] == "J"
+    assert manifest["models"][manifest["roles"]["ranker"]]["calls"] == 2 * len(WORDS)
 
 
 def test_a_stage_before_its_time_names_the_missing_file(tmp_path, servers):
