@@ -169,7 +169,8 @@ def report(run, keep=False, draw=False):
             counts["cost"] = round(sum(price * counts[name] for price, name in zip(
                 run.prices[model], ("prompt_tokens", "completion_tokens"))) / 1e6, 4)
     manifest = {"sources": run.sources or before.get("sources", []), "licence": run.licence or before.get("licence"),
-                "seed": run.seed, "roles": before.get("roles", {}) | roles,
+                "seed": run.seed, "filter": run.filtering or before.get("filter"),
+                "roles": before.get("roles", {}) | roles,
                 "models": {model: dict(counts) for model, counts in sorted(used.items())},
                 "parameters": prompts.PARAMETERS, "rules": {stage: version(stage) for stage in RULES},
                 "stages": {name: {key: state[key] for key in state if key != "models"}

@@ -103,7 +103,7 @@ PROMPTS = {
                   'alone, with a score from 1 to 10: {"score": …}',
     },
     "pair": {
-        "plain": "{question}\n\nAnswer directly, in a few sentences, without showing how you arrive at it.",
+        "plain": "{question}\n\nAnswer directly, without showing how you arrive at it.",
         "think": "{question}\n\nThink it through step by step before you answer.",
     },
     "judge": {
@@ -165,9 +165,10 @@ def filled(template, values):
 
 def version(stage):
     """"2-1a2b3c4d": the version of a stage's rules, and eight digits of the hash of its prompts, if it has any, with
-    their schemas and parameters. Every row names them."""
+    their schemas, parameters and names. Every row names them."""
     asked = PROMPTS.get(stage, {})
-    parts = [asked, [[name, schema_of(name), PARAMETERS.get(name)] for name in sorted(asked)]]
+    parts = [asked, [[name, schema_of(name), PARAMETERS.get(name)] for name in sorted(asked)],
+             *([DEPARTMENTS] if stage == "classify" else [])]
     return str(RULES[stage]) + (f"-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]}" if asked else "")
 
 # ----- replies -------------------------------------------------------------------------------------------------------

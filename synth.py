@@ -72,6 +72,7 @@ class Run:
     policy: Teacher | None = None  # writes the rejected answers, if they are to be on-policy
     filtered: object = None  # filters.filtered
     settings: object = None  # filters.Settings
+    filtering: dict | None = None  # what the manifest says of them
     encode: object = None  # texts -> vectors, for the filter and the picture of the departments
     attempts: int = 3  # at a trace that was found wrong
     seed: int = 0
@@ -384,6 +385,8 @@ def opened(args, stack):
         questions = [question for kind, file in args.benchmark for question in read_benchmark(kind, file)]
         run.filtered = filtered
         run.settings = Settings(questions=questions, languages=tuple(args.languages), encode=run.encode)
+        run.filtering = {"languages": args.languages, "encoder": args.encoder, "benchmarks": [
+            {"kind": kind, "path": file, "sha256": sha256(file)} for kind, file in args.benchmark]}
     return run
 
 
@@ -451,6 +454,7 @@ def main(argv=None):
             if len(files) < len(args.data):
                 raise InputError(f"--data {' '.join(args.data)}: two files have one name; expected different names")
             found = compare_files(run, args.data[0], args.against) if args.against else judge_files(run, files)
+            report(run, keep=True)
         else:
             if args.command == "run":
                 chain(run, CHAIN, lambda: corpus(args.corpus, args.limit))

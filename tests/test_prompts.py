@@ -138,6 +138,8 @@ def test_a_version_changes_with_its_prompt_parameters_and_rules_alone(monkeypatc
     assert changed() == ["score", "verify"]
     monkeypatch.setitem(prompts.RULES, "select", 2)
     assert changed() == ["score", "select", "verify"]
+    monkeypatch.setitem(prompts.DEPARTMENTS, "Surgery", ())
+    assert changed() == ["classify", "score", "select", "verify"]
 
 # ----- the choice ----------------------------------------------------------------------------------------------------
 

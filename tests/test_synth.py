@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import (
@@ -32,7 +33,7 @@ import prompts
 import stages
 import synth
 from calls import Call, Reply, key_of
-from files import InputError
+from files import InputError, sha256
 from retrieve import read_records
 from rows import messages_of, pair_of
 from stages import Scores
@@ -717,6 +718,8 @@ def test_a_model_does_not_judge_itself_without_saying_so(tmp_path, source, serve
         main(["judge", "--data", *data, "--judge", "T", "--out", str(tmp_path / "b")])
     main(["judge", "--data", *data, "--judge", "T", "--same-judge", "--out", str(tmp_path / "b")])
     main(["judge", "--data", *data, "--judge", "J", "--out", str(tmp_path / "b")])
+    manifest = json.loads((tmp_path / "b/manifest.json").read_text())
+    assert manifest["roles"]["judge"] == "J" and {*manifest["stages"]} == {f"judge-{Path(path).stem}" for path in data}
 
 
 def test_what_no_run_can_be_made_of_is_named(tmp_path, servers):
@@ -847,6 +850,9 @@ def test_the_flags_of_the_filter(tmp_path, servers):
     assert kept_texts(tmp_path, "--languages", "en", "de") == [None, None, None, "exact", "spam"]
     assert kept_texts(tmp_path, "--languages", "de")[:2] == ["language", None]
     assert kept_texts(tmp_path, "--benchmark", f"medqa={benchmark}") == [None, "language", "leak", "exact", "spam"]
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["filter"] == {
+        "languages": ["en"], "encoder": None,
+        "benchmarks": [{"kind": "medqa", "path": benchmark, "sha256": sha256(benchmark)}]}
     assert kept_texts(tmp_path, "--no-filter", "--benchmark", f"medqa={benchmark}") == [None] * 5
     assert kept_texts(tmp_path, "--limit", "2") == [None, "language", *["not read"] * 3]
 
