@@ -61,7 +61,7 @@ def reply_to(request):
         elif kind.get("type") == "boolean":
             made[name] = rng.random() < 0.1
         elif kind.get("type") == "integer":
-            made[name] = rng.randint(kind["minimum"] + 4 * (name != "relevance"), kind["maximum"])
+            made[name] = rng.choice(kind["enum"][4 * (name != "relevance"):])
         else:
             made[name] = prose(rng, 6)
     if made:
