@@ -275,6 +275,18 @@ class Answerer:
             raise InputError(f"its first {longest:,} tokens hold nothing of the answer")
         return ids, labels
 
+    def with_neighbours(self, ids, question, history, neighbours):
+        """The prompt with the nearest neighbours as its first turns, the nearest last, beside the question; marks them
+        "in_prompt". Those that would take the answer's room are left out, the farthest first."""
+        turns, room = [], min(self.settings["max_new_tokens"], self.context // 2)
+        for neighbour in [one for one in neighbours if "skipped" not in one][:self.settings["context"]]:
+            messages = [one for one in messages_of(self.index.records[neighbour["id"]]) if one["role"] != "system"]
+            longer = prompt_ids(self.tokenizer, self.settings["system"], question, [*messages, *turns, *history])
+            if len(longer) + room > self.context:
+                break
+            ids, turns, neighbour["in_prompt"] = longer, [*messages, *turns], True
+        return ids
+
     def fitting(self, question, history):
         """`history` without the oldest turns that leave too little room for an answer to `question`; says so.
         InputError for a question that does not fit alone."""
@@ -299,7 +311,7 @@ class Answerer:
         check_length(ids, self.context)
         system, neighbours, examples = system_message(s["system"]), [], []
         if s["ttt"]:
-            scores, found = self.index.search(self.encoder.encode([question], is_query=True), s["k"])
+            scores, found = self.index.search(self.encoder.encode([question], is_query=True), max(s["k"], s["context"]))
             for score, i in zip(scores[0].tolist(), found[0].tolist()):
                 if i >= 0:  # a FAISS index other than Flat fills up with -1
                     neighbours.append({"id": i, "score": round(score, 4), "instruction":
@@ -308,6 +320,8 @@ class Answerer:
                         examples.append(self.example(i, system))
                     except InputError as error:
                         neighbours[-1]["skipped"] = str(error)
+            ids = self.with_neighbours(ids, question, history, neighbours)
+            examples = examples[:s["k"]]
         if self.tokenizer.read_as_text and not self.noticed:
             print(notice_of(self.tokenizer.read_as_text), file=sys.stderr)
             self.noticed = True
@@ -317,7 +331,7 @@ class Answerer:
         self.threads.leave_busy_cores()
         with adapted(self.model, examples, steps=s["steps"], lr=s["lr"], optimizer=s["optimizer"],
                      seed=s["seed"]) as report:
-            if not s["ttt"]:
+            if not s["ttt"] or not s["k"]:
                 report.reason = "switched off"
             if on_adapted:
                 on_adapted(report)
@@ -339,8 +353,9 @@ class Answerer:
         return {
             "question": question, "answer": text, "thought": thought, "summary": summary,
             "finish_reason": "stop" if new_ids[-1] in self.stop_ids else "length", "neighbours": neighbours,
-            "ttt": {"applied": report.applied, "reason": report.reason, "k": s["k"], "steps": s["steps"], "lr": s["lr"],
-                    "optimizer": s["optimizer"], "loss_before": report.loss_before, "loss_after": report.loss_after},
+            "ttt": {"applied": report.applied, "reason": report.reason, "k": s["k"], "context": s["context"],
+                    "steps": s["steps"], "lr": s["lr"], "optimizer": s["optimizer"],
+                    "loss_before": report.loss_before, "loss_after": report.loss_after},
             "restored": report.restored,
             "timings": {"load_s": round(self.load_s, 3), "retrieve_s": round(retrieve_s, 3),
                         "adapt_s": round(report.adapt_s, 3), "generate_s": round(generate_s, 3),
@@ -410,14 +425,18 @@ def parse_args(argv=None):
     parser.add_argument("--model", metavar="DIR", help="default: the furthest trained model in runs/, else the demo's")
     parser.add_argument("--index", metavar="DIR", default="index/traces", help="a retrieval index made by retrieve.py")
     parser.add_argument("--encoder", metavar="DIR", help="default: the one the index was built with")
-    parser.add_argument("--k", type=whole(1), default=4,
-                        help="neighbours, nearest first (paper: 1; measured: 4 lower the loss four times as much)")
+    parser.add_argument("--k", type=whole(0), default=4,
+                        help="neighbours that are trained on, nearest first (paper: 1; measured: 4 lower the loss four "
+                        "times as much)")
+    parser.add_argument("--context", type=whole(0), default=0,
+                        help="so many of the nearest also stand in the prompt, as earlier turns; with --k 0 only there")
     parser.add_argument("--steps", type=whole(1), default=1, help="gradient steps on each neighbour (paper: 1)")
     parser.add_argument("--lr", type=number(0), default=1e-5, help="learning rate of these steps (paper: 1e-5)")
     parser.add_argument("--optimizer", choices=("signsgd", "adam", "sgd"), default="signsgd",
                         help="signsgd: g / (|g| + eps), the first step of a fresh Adam; adam: its moments kept from "
                         "step to step; with --k 1 --steps 1 the two are one (paper: adam)")
-    parser.add_argument("--recipe", choices=("paper",), help="paper: --k 1 --steps 1 --lr 1e-5 --optimizer adam")
+    parser.add_argument("--recipe", choices=("paper",), help="paper: --k 1 --context 0 --steps 1 --lr 1e-5 "
+                        "--optimizer adam")
     parser.add_argument("--no-ttt", action="store_true", help="answer without test-time training")
     parser.add_argument("--max-new-tokens", type=whole(1), default=2048, help="longest answer (paper: 2048)")
     parser.add_argument("--temperature", type=number(0), default=0.7, help="0 is greedy (paper: 0.7)")
@@ -429,7 +448,7 @@ def parse_args(argv=None):
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
     if args.recipe == "paper":
-        paper = {"k": 1, "steps": 1, "lr": 1e-5, "optimizer": "adam"}
+        paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam"}
         for name, value in paper.items():
             if getattr(args, name) not in (value, parser.get_default(name)):
                 parser.error(f"--recipe paper and --{name} {getattr(args, name)}: expected one of them")
@@ -438,6 +457,8 @@ def parse_args(argv=None):
         parser.error("--questions and --out go together: one file to read, one to write")
     if args.out and args.out.endswith(".gz"):
         parser.error(f"--out {args.out}: found a name of a packed file, expected one like answers.jsonl")
+    if not args.no_ttt and args.k == args.context == 0:
+        parser.error("--k 0 and --context 0: found no use for a neighbour; expected one of them above 0, or --no-ttt")
     if hasattr(args, "question") and not args.question.strip():
         parser.error("--question: found an empty question, expected text")
     return args
@@ -446,10 +467,10 @@ def parse_args(argv=None):
 def settings_of(args):
     """The settings of `Answerer` as a dict, from the command line."""
     return {"model": args.model or default_model(), "ttt": not args.no_ttt, "index": args.index,
-            "encoder": args.encoder, "k": args.k, "steps": args.steps, "lr": args.lr, "optimizer": args.optimizer,
-            "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
-            "seed": args.seed, "system": read_text(args.system, f"--system {args.system}") if args.system else None,
-            "dtype": args.dtype}
+            "encoder": args.encoder, "k": args.k, "context": args.context, "steps": args.steps, "lr": args.lr,
+            "optimizer": args.optimizer, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
+            "top_p": args.top_p, "seed": args.seed, "dtype": args.dtype,
+            "system": read_text(args.system, f"--system {args.system}") if args.system else None}
 
 
 def main(argv=None):

@@ -1,4 +1,5 @@
 """ttt.py: one step by hand, what steps do to the loss, and the program around them (test_snapshot.py: the way back)."""
+import argparse
 import io
 import json
 import os
@@ -17,9 +18,11 @@ import torch
 from conftest import ROOT, bits, held_elsewhere, same, tiny, tiny_examples
 from safetensors.torch import load_file, save_file
 
+import arms
 import model as M
 import retrieve
 import ttt
+from benchmarks import Question
 from data import training_example
 from files import InputError, run_main
 from generate import generate
@@ -325,6 +328,49 @@ def test_the_steps_are_taken_nearest_first_and_as_the_flags_say(toy, monkeypatch
     assert seen == [(nearest, {"steps": 2, "lr": 0.002, "optimizer": "sgd", "seed": 5})]
 
 
+def prompts_of(answerer, monkeypatch):
+    """A list of the prompts that `generate` gets from now on; it ends each answer at once."""
+    prompts = []
+    monkeypatch.setattr(ttt, "generate", lambda model, ids, **more: prompts.append(ids) or iter(more["stop_ids"]))
+    return prompts
+
+
+def test_neighbours_in_the_prompt_stand_as_those_of_the_context_arm(toy, monkeypatch):
+    """The nearest last, beside the question; other ones are trained on, and with --k 0 none."""
+    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
+    answerer, trained, adapted = ttt.Answerer(settings(toy, k=0, context=2, max_new_tokens=1)), [], ttt.adapted
+    prompts = prompts_of(answerer, monkeypatch)
+    monkeypatch.setattr(ttt, "adapted", lambda model, examples, **more: trained.append(len(examples)) or adapted(
+        model, examples, **more))
+    result = answerer.answer("What is asthma?")
+    scores = answerer.index.vectors @ answerer.encoder.encode(["What is asthma?"])[0]
+    records = [messages_of(answerer.index.records[i]) for i in np.argsort(-scores)[:3]]
+    flags = argparse.Namespace(prompt="chat", measure="bpb", by="letter")
+    run = arms.Evaluation(flags, None, answerer.tokenizer, 4096, [], set())
+    question = Question(1, "", "What is asthma?", {}, None, "", "", None, None)
+    wanted = [(0, 0, messages, False) for messages in records]
+    assert prompts == [arms.prompt_of(run, question, wanted[:2][::-1])]
+    assert [neighbour["in_prompt"] for neighbour in result["neighbours"]] == [True, True]
+    assert not result["ttt"]["applied"] and result["ttt"]["reason"] == "switched off" and result["ttt"]["context"] == 2
+    answerer.settings |= {"k": 3, "context": 1, "system": "Be brief."}
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+    result = answerer.answer("What is asthma?", history)
+    assert prompts[1] == ttt.prompt_ids(answerer.tokenizer, "Be brief.", "What is asthma?", [*records[0], *history])
+    assert trained == [0, 3] and [one.get("in_prompt") for one in result["neighbours"]] == [True, None, None]
+
+
+def test_neighbours_that_would_take_the_answers_room_stay_out_of_the_prompt(toy, monkeypatch):
+    answerer = ttt.Answerer(settings(toy, k=0, context=3, max_new_tokens=100))
+    prompts = prompts_of(answerer, monkeypatch)
+    answerer.answer("What is asthma?")
+    whole = len(prompts[0])
+    for room, expected in ((100, 3), (99, 2)):
+        answerer.model.config = replace(answerer.model.config, max_position_embeddings=whole + room)
+        result = answerer.answer("What is asthma?")
+        assert sum("in_prompt" in neighbour for neighbour in result["neighbours"]) == expected
+    assert prompts[1] == prompts[0] and len(prompts[2]) < whole
+
+
 def test_a_question_is_embedded_with_the_instruction_the_index_was_built_with(toy, tmp_path, monkeypatch):
     index, found = retrieve.Index.load(toy / "index"), []
     index.manifest["encoder"]["query_instruction"] = "drug: "
@@ -385,11 +431,12 @@ def test_json_output_is_complete(toy, run):
     result = json.loads(out.stdout)
     assert list(result) == ["question", "answer", "thought", "summary", "finish_reason", "neighbours", "ttt",
                             "restored", "timings", "model", "disclaimer"]
-    assert set(result["ttt"]) == {"applied", "reason", "k", "steps", "lr", "optimizer", "loss_before", "loss_after"}
+    assert set(result["ttt"]) == {"applied", "reason", "k", "context", "steps", "lr", "optimizer", "loss_before",
+                                  "loss_after"}
     assert set(result["timings"]) == {"load_s", "retrieve_s", "adapt_s", "generate_s", "restore_s", "tokens_per_s"}
     assert result["ttt"]["applied"] and result["ttt"]["k"] == 1 == len(result["neighbours"]) and result["restored"]
     assert result["ttt"]["loss_after"] < result["ttt"]["loss_before"] and result["finish_reason"] == "length"
-    assert set(result["neighbours"][0]) == {"id", "score", "instruction"} and "not medical advice" in \
+    assert {*result["neighbours"][0]} == {"id", "score", "instruction"} and "not medical advice" in \
         result["disclaimer"].lower()
 
 
