@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo chain test test-all test-gpu mutants bench lint clean
+.PHONY: demo chain synth test test-all test-gpu mutants bench lint clean
 
 # Without a GPU, TORCH="--index-url URL torch" with the URL of PyTorch's CPU wheels saves gigabytes of CUDA packages.
 TORCH ?= torch
@@ -30,9 +30,17 @@ index/traces/manifest.json: $(VENV)/demo.done
 	$(BIN)/python demo/fetch.py
 	$(BIN)/python retrieve.py build --data demo/data/traces.jsonl --out index/traces
 
-# The same question to a model that has gone through SFT 1, 2, 3, the cold start and DPO.
-chain: index/traces/manifest.json runs/demo-dpo/model/config.json
+# Three texts through the data pipeline, then the same question to a model that has gone through SFT 1, 2, 3, the cold
+# start and DPO. The stages train on demo/data, because what a model of this size writes is no data set.
+chain: synth index/traces/manifest.json runs/demo-dpo/model/config.json
 	$(BIN)/python ttt.py --model runs/demo-dpo/model --max-new-tokens 256 --question "$(QUESTION)"
+
+# Texts in, rows out, counted stage by stage; a second run asks nothing again.
+synth: index/traces/manifest.json $(VENV)/synth.done
+	$(BIN)/python synth.py run --corpus demo/data/texts.jsonl --teacher local:models/smollm2-135m-instruct --same-judge \
+		--out runs/demo-synth --json > /dev/null
+	@echo "$$(cat runs/demo-synth/FineMed-SFT/*.jsonl 2> /dev/null | wc -l) rows of 3 texts: a teacher of 135M parameters" \
+		"writes poor JSON. What was dropped, and why: runs/demo-synth/README.md and failed.jsonl"
 
 # The paper's stages in miniature: its learning rates, but for DPO's (ten steps at 1e-7 would show nothing), small
 # batches. Each prints what its held-out loss was and is. A finished stage is not trained again.

@@ -24,6 +24,7 @@ import signal
 import socket
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 
 MAX_JSON_BYTES = 64 << 20  # a tokenizer.json has 17 MB, a training row a few KB: a larger file is none that we read
@@ -139,8 +140,9 @@ def require_dir(directory, what):
     return directory
 
 
-def parse_json(text, where):
-    """Strict JSON: refuses NaN and Infinity, duplicate keys, and nesting deep enough to exhaust the stack."""
+def parse_json(text, where, strict=True):
+    """Strict JSON: refuses NaN and Infinity, duplicate keys, and nesting deep enough to exhaust the stack; with
+    `strict` control characters in a text, such as a line break, too."""
     def refuse_constant(name):
         raise ValueError(f"{name} is not JSON")
 
@@ -153,12 +155,12 @@ def parse_json(text, where):
     def unique(pairs):
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+            keys = Counter(key for key, _ in pairs)
+            raise ValueError(f"the key {next(key for key in keys if keys[key] > 1)!r} stands twice")
         return found
     try:
-        return json.loads(text, parse_constant=refuse_constant, parse_float=finite,
-                          object_pairs_hook=unique)
+        return json.loads(text, parse_constant=refuse_constant, parse_float=finite, object_pairs_hook=unique,
+                          strict=strict)
     except RecursionError:
         raise InputError(f"{where}: nested too deeply; expected plain JSON") from None
     except ValueError as error:

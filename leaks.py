@@ -108,7 +108,7 @@ class Evaluated(NamedTuple):
 
 
 class Record:
-    """A training row or a record of an index, read once: its page, the words of its texts and what its users ask."""
+    """A training row or a record of an index, read once: its page, its texts, their words and what its users ask."""
 
     def __init__(self, row, field="instruction"):
         """InputError for a row that neither the trainers nor an index of `field` can read."""
@@ -116,11 +116,10 @@ class Record:
         asked = [message["content"] for message in messages or () if message["role"] == "user"]
         if fault or field != "instruction":  # a record of an index needs no answer
             asked.append(question_of(row, field))
-        texts = [*asked, *(message["content"] for message in messages or () if message["role"] != "user")]
-        if row.get("rejected"):  # DPO trains on it too
-            texts += texts_in(row["rejected"])
+        self.texts = [*asked, *(message["content"] for message in messages or () if message["role"] != "user")]
+        self.rejected = texts_in(row["rejected"]) if row.get("rejected") else []  # DPO trains on it too
         self.page, self.asked, self.contents = page_of(row.get("url")), asked, [*map(content, asked)]
-        self.words, self.runs = [*map(words, texts)], {}
+        self.words, self.runs = [words(text) for text in (*self.texts, *self.rejected)], {}
 
     def shared_run(self, text):
         """The first 13 words in a row of `text` (a list of words) that one text of the record has too, or None.
@@ -199,7 +198,10 @@ class Scanner:
 
     def hits(self, row, field="instruction"):
         """[(number of a question, rule, evidence), …] of all questions that a row gives away. InputError as Record."""
-        record = Record(row, field)
+        return self.hits_of(Record(row, field))
+
+    def hits_of(self, record):
+        """`hits` for a row that has been read already."""
         near = {*self.pages.get(record.page, ())}
         for form in record.contents:
             for word in self.rarest(form):

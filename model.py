@@ -259,10 +259,17 @@ def load_model(directory, device="cpu", dtype=torch.bfloat16, seed=0):
     print_notices(directory, config)
     with torch.device("meta"):
         model = Llama(config).to(dtype)
+    return fill(model, files, checkpoint_names(config, files), device, seed)
+
+
+def fill(model, files, names, device, seed=0):
+    """Gives a model on the meta device its weights on `device`, ready for inference; see load_model.
+
+    `files` is {tensor: its file}, `names` {parameter: the tensors that are its rows}, as weights.checkpoint_names.
+    """
     model.to_empty(device=device)
     model.tie_weights()
     generator = torch.Generator(device).manual_seed(seed)
-    names = checkpoint_names(config, files)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             for offset, rows in read_rows(files, names[name], 0, len(parameter)):

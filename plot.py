@@ -314,6 +314,33 @@ def scores_of(row):
     found = {name: [row[key] for key in keys if is_number(row.get(key))] for name, keys in keys.items()}
     return {name: values[0] for name, values in found.items() if values}
 
+
+def draw_stages(figure, stages, name):
+    """What a pipeline keeps: stages {name: {"in", "out", "dropped": {rule: rows}}}, a bar for each, the first on top;
+    blue the rows that go on, grey those that are dropped, with the rules that drop most."""
+    figure.set_size_inches(WIDTH, 1.1 + 0.27 * len(stages))
+    axes = figure.add_subplot()
+    outs = [one["out"] for one in stages.values()]
+    lost = [one["in"] - one["out"] for one in stages.values()]
+    most = max([one["in"] for one in stages.values()], default=0) or 1
+    axes.barh(range(len(stages)), outs, color=BLUE, height=0.7, label="out")
+    axes.barh(range(len(stages)), lost, left=outs, color="#cccccc", height=0.7, label="dropped")
+    for i, one in enumerate(stages.values()):
+        rules = [f"; {n:,} {rule}" for rule, n in sorted(one["dropped"].items(), key=lambda item: -item[1])]
+        text = f"{one['out']:,} of {one['in']:,}"
+        fitting = [rule for end, rule in zip(itertools.accumulate(map(len, rules)), rules) if len(text) + end <= 40]
+        axes.text(one["in"] + most / 60, i, text + "".join(fitting) + "; …" * (fitting != rules), va="center",
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    axes.set_yticks(range(len(stages)), [textwrap.shorten(stage, 28, placeholder="…") for stage in stages])
+    axes.set(ylim=(len(stages) - 0.4, -0.6), xlim=(0, 2.2 * most))
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= most])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.spines["bottom"].set_bounds(0, most)
+    axes.set_xlabel("rows (blue: out, grey: dropped)", loc="left")
+    axes.grid(visible=False)
+    axes.tick_params(axis="y", length=0)
+    entitle(figure, f"{name}: rows in and out of every stage")
+
 # ----- vectors -------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +357,7 @@ def draw_vectors(figure, points, labels, name, key):
         axes.plot(*points[[label in own for label in labels]].T, "o", color=colour, label=textwrap.fill(text, 20),
                   markersize=2 if len(points) > 300 else 3.5, markeredgewidth=0, alpha=0.8)
     axes.set(xticks=[], yticks=[], xlabel="t-SNE axis 1 (no unit)", ylabel="t-SNE axis 2 (no unit)")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=3 if len(points) > 300 else 1.7)
     entitle(figure, f"{name}: t-SNE of {len(points):,} questions by {key}"
                     + (f" ({len(others)} rarer values grey)" if others else ""))
 

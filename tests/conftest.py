@@ -1,4 +1,5 @@
 """Shared by all test files: the folders of the real models, tiny random models, and random rows for them."""
+import asyncio
 import contextlib
 import gzip
 import json
@@ -8,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import model as M
+from calls import Reply, key_of
 from encoder import Encoder
 from tokenizer import Tokenizer
 
@@ -384,3 +387,124 @@ def held_elsewhere(path):
         assert process.stdout.readline() == "held\n"
         yield process
         process.kill()
+
+# ----- a teacher that is a function ----------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Ends a run as SIGKILL does: the replies in flight are lost."""
+
+
+class MemoryStore(dict):
+    def put(self, *replies):
+        self.update({reply.key: reply for reply in replies})
+
+    def close(self):
+        """It outlives a command, as a file does."""
+
+
+class FakeTeacher:
+    """Answers each call by `answer(call)`: a text, a dict as JSON, an Exception as a failure, (thought, text), or a
+    finished Reply's fields. It has three calls in flight, whose replies come in another order than they were asked."""
+
+    def __init__(self, store, answer, model="fake", lives=None):
+        self.store, self.answer, self.model, self.lives, self.asked = store, answer, model, lives, []
+
+    def reply(self, call):
+        key, said = key_of(self.model, call), self.answer(call)
+        thought, said = said if isinstance(said, tuple) else (None, said)
+        failure = str(said) if isinstance(said, Exception) else None
+        text = None if failure else json.dumps(said) if isinstance(said, dict) else said
+        return Reply(key=key, text=text, thought=thought, value=said if isinstance(said, dict) else None,
+                     finish_reason="stop", usage={"prompt_tokens": 10, "completion_tokens": 3}, repaired=False,
+                     failure=failure)
+
+    def ask(self, calls):
+        rng, flying, calls = random.Random(0), [], enumerate(calls)
+        while True:
+            while len(flying) < 3 and (one := next(calls, None)):
+                flying.append(one)
+                self.asked.append(key_of(self.model, one[1]))
+            if not flying:
+                return
+            if self.lives == 0:
+                raise Killed
+            self.lives = self.lives and self.lives - 1
+            i, call = flying.pop(rng.randrange(len(flying)))
+            reply = self.reply(call)
+            if not reply.failure:
+                self.store.put(reply)
+            yield i, reply
+
+    def close(self):
+        """Nothing is open."""
+
+# ----- a server that is a script --------------------------------------------------------------------------------------
+
+
+def completion(text, finish="stop", **message):
+    return {"id": "1", "object": "chat.completion", "model": "m", "usage": {"prompt_tokens": 3, "completion_tokens": 5},
+            "choices": [{"index": 0, "finish_reason": finish, "message": {"content": text, **message}}]}
+
+
+class Scripted:
+    """A server whose `script(request, writer)` gives (status, headers, JSON or bytes), or None if it wrote itself."""
+
+    def __init__(self):
+        self.requests, self.headers, self.now, self.most = [], [], 0, 0
+        self.loop, ready, self.port = asyncio.new_event_loop(), threading.Event(), 0
+        self.script = self.echo
+
+        def run():
+            asyncio.set_event_loop(self.loop)
+            self.loop.create_task(self.listen()).add_done_callback(lambda task: ready.set())
+            self.loop.run_forever()
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+        ready.wait()
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    async def listen(self):
+        self.listening = await asyncio.start_server(self.serve, "127.0.0.1", self.port)
+        self.port = self.listening.sockets[0].getsockname()[1]
+
+    @staticmethod
+    async def echo(request, writer):
+        return 200, {}, completion("to " + request["messages"][-1]["content"])
+
+    async def serve(self, reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while line := await reader.readline():
+                fields = {}
+                while (field := await reader.readline()).strip():
+                    name, _, value = field.decode().partition(":")
+                    fields[name.lower()] = value.strip()
+                body = await reader.readexactly(int(fields.get("content-length", 0)))
+                request = json.loads(body) if body else line.decode().split()[1]
+                self.requests.append(request)
+                self.headers.append(fields)
+                self.now += 1
+                self.most = max(self.most, self.now)
+                try:
+                    found = await self.script(request, writer)
+                finally:
+                    self.now -= 1
+                if found is None:
+                    break
+                self.send(writer, *found)
+                await writer.drain()
+        writer.close()
+
+    @staticmethod
+    def send(writer, status, headers, body):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"content-type": "application/json", "content-length": len(body), **headers}
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        writer.write(f"HTTP/1.1 {status} x\r\n{head}\r\n".encode() + body)
+
+    def close(self):
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+
+    def asked(self):
+        return [request["messages"][-1]["content"] for request in self.requests]

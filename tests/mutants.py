@@ -33,6 +33,9 @@ LOCKLESS = "test_files.py::test_without_locks_scraps_stay_and_writing_goes_on"
 BATCH = "test_generate.py::test_a_batch_gives_the_tokens_of_each_alone"
 HASHED_ONCE = "test_checkpoints.py::test_a_rank_hashes_its_own_file_and_each_file_is_hashed_once"
 LOGITS = "test_model.py::test_logits_equal_transformers_on_tiny_models"
+KEY = "test_calls.py::test_the_key_is_a_hash_of_model_messages_parameters_and_schema"
+CHOICE = "test_prompts.py::test_the_choice_between_two_questions"
+BATCHED = "test_synth.py::test_a_batch_that_another_engine_answered_is_the_online_run"
 
 # {file: [(old line, new line, the test that must fail), …]}; lines without their indentation
 MUTANTS = {
@@ -248,6 +251,98 @@ MUTANTS = {
          "test_snapshot.py::test_a_weight_that_changed_without_a_copy_is_noticed"),
         ('names.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")', "names.append(name)",
          "test_snapshot.py::test_the_digest_sees_every_bit_of_every_tensor_and_what_they_are_called")],
+    "calls.py": [
+        ("return hashlib.sha256(canonical([model, call.messages, call.parameters, call.schema]).encode()).hexdigest()",
+         "return hashlib.sha256(canonical([model, call.messages, call.parameters]).encode()).hexdigest()", KEY),
+        ("return hashlib.sha256(canonical([model, call.messages, call.parameters, call.schema]).encode()).hexdigest()",
+         "return hashlib.sha256(canonical([call.messages, call.parameters, call.schema]).encode()).hexdigest()", KEY),
+        ('raise InputError(UNFINISHED)', "pass",
+         "test_teachers.py::test_a_batch_with_gaps_then_a_run_equals_the_run_online"),
+        ("doublings, parameters = doublings + 1, {**parameters, limit: 2 * room}",
+         "doublings, parameters = doublings + 1, {**parameters, limit: room}",
+         "test_teachers.py::test_a_cut_reply_is_asked_again_with_more_room_and_is_never_a_success"),
+        ("value = redact(found)", "value = found",
+         "test_teachers.py::test_the_key_is_sent_and_then_in_no_reply_error_log_or_file")],
+    "gate.py": [
+        ("self.shut_until = max(self.shut_until, loop.time() + retry_after)", "pass",
+         "test_teachers.py::test_in_a_burst_of_refusals_nothing_is_sent_before_retry_after_and_the_limit_is_cut_once")],
+    "teachers.py": [
+        ("sent, tries = sent + 1, tries + (outcome != \"refused\")", "sent, tries = sent + 1, tries + 1",
+         "test_teachers.py::test_time_and_not_tries_bounds_refusals"),
+        ("http = openai.DefaultAsyncHttpxClient(transport=transport, follow_redirects=False, timeout=timeout)",
+         "http = openai.DefaultAsyncHttpxClient(transport=transport, follow_redirects=True, timeout=timeout)",
+         "test_teachers.py::test_a_redirect_is_not_followed"),
+        ("if len(body) > MAX_REPLY_BYTES:", "if False:",
+         "test_teachers.py::test_a_hostile_body_is_bounded_retried_and_ends_as_a_failure"),
+        ("async with asyncio.timeout(seconds):", "async with asyncio.timeout(None):",
+         "test_teachers.py::test_a_hostile_body_is_bounded_retried_and_ends_as_a_failure")],
+    "prompts.py": [
+        ("return reply if reply in names else UNKNOWN",
+         "return next((name for name in names if name.lower() == reply.lower()), UNKNOWN)",
+         "test_prompts.py::test_40_near_misses_are_unknown"),
+        ('rules = {"sum": ("quality", "difficulty", "relevance"), "quality + difficulty": ("quality", "difficulty"),',
+         'rules = {"sum": ("quality", "difficulty"), "quality + difficulty": ("quality", "difficulty"),', CHOICE),
+        ("left = [i for i, one in enumerate(questions) if not one[\"mentions\"]]",
+         "left = [i for i, one in enumerate(questions) if one[\"mentions\"] is False]", CHOICE),
+        ("if len(left) == 1 < len(questions):", "if False:", CHOICE)],
+    "stages.py": [
+        ('label = "unproven" if letter is None else "verified" if letter == truth["letter"] else "wrong"',
+         'label = "verified" if letter == truth["letter"] else "wrong"',
+         "test_stages.py::test_a_trace_that_names_no_letter_is_unproven_never_wrong"),
+        ('truth, answer = row.get("truth"), split_thought(text)[1] or text', 'truth, answer = row.get("truth"), text',
+         "test_stages.py::test_the_finished_answer_is_asked_again_with_the_options"),
+        ("keys = [(PROOF[one[\"label\"]], float(\"-inf\") if score is None else score)",
+         "keys = [(0, float(\"-inf\") if score is None else score)",
+         "test_stages.py::test_a_wrong_answer_is_never_kept_and_a_better_proved_one_comes_first"),
+        ('"instruction_type": "complex" if scores["difficulty"] > COMPLEX else "common"}',
+         '"instruction_type": "complex" if scores["difficulty"] >= COMPLEX else "common"}',
+         "test_stages.py::test_a_difficulty_above_8_is_complex"),
+        ("{**prompts.PARAMETERS[name], \"seed\": run.seed + sample}, prompts.schema_of(name))",
+         "{**prompts.PARAMETERS[name], \"seed\": run.seed}, prompts.schema_of(name))",
+         "test_stages.py::test_a_complex_question_has_two_samples_of_the_reasoner")],
+    "dataset.py": [
+        ('return {**{name: sft_row(row)[name] for name in ("text", "complexity", "quality", "language")},',
+         'return {**{name: sft_row(row)[name] for name in ("text", "complexity", "quality")},',
+         "test_dataset.py::test_the_released_columns"),
+        ("sums[row[\"instruction_type\"]].update(rows=1, quality=row[\"quality\"], complexity=row[\"difficulty\"])",
+         "sums[row[\"instruction_type\"]].update(rows=1, quality=row[\"quality\"], complexity=row[\"quality\"])",
+         "test_dataset.py::test_the_manifest_and_the_card")],
+    "synth.py": [
+        ("if reply and not reply.failure and fits(reply, call.schema):", "if reply and not reply.failure:", BATCHED),
+        ("elif key not in flying and not reply_of(run, key, call):  # it may have come by now",
+         "else:", "test_synth.py::test_texts_that_are_the_same_are_asked_about_once"),
+        ("note=stack.enter_context(appended(out / \"failed.jsonl\")), prices=dict(args.price), licence=args.licence)",
+         "prices=dict(args.price), licence=args.licence)",
+         "test_synth.py::test_failures_of_a_server_wait_for_retry_failed"),
+        ("allow_remote=args.allow_remote, retry_failed=args.retry_failed, **settings)",
+         "allow_remote=args.allow_remote, **settings)",
+         "test_synth.py::test_failures_of_a_server_wait_for_retry_failed"),
+        ("run.settings = Settings(questions=questions, languages=tuple(args.languages), encode=run.encode)",
+         "run.settings = Settings(questions=questions, languages=tuple(args.languages))",
+         "test_synth.py::test_an_encoder_drops_questions_that_are_nearly_the_same"),
+        ("return lambda: islice(rows_in(run.path(\"stages\", before)), args.limit)",
+         "return lambda: rows_in(run.path(\"stages\", before))",
+         "test_synth.py::test_a_limit_holds_for_a_run_and_for_a_stage"),
+        ("teacher = others[0] if others else None", "teacher = None",
+         "test_synth.py::test_no_pass_over_the_rows_is_made_for_a_teacher_of_whom_nothing_is_wanted"),
+        ("if not found:", "if True:", "test_synth.py::test_every_row_is_kept_or_dropped_with_its_reason")],
+    "filters.py": [
+        ("if weighs >= SHARE * totals[number] and sum(weight[word] for word in found - COMMON) >= least:",
+         "if weighs >= SHARE * totals[number]:", "test_filters.py::test_the_share_by_hand"),
+        ("for text in (*one.record.texts, *one.record.rejected):", "for text in one.record.texts:",
+         "test_filters.py::test_all_shapes_of_rows_are_read"),
+        ("return f\"row {numbers[places[0, 0]]}: cosine {scores[0, 0]:.3f}\" if scores[0, 0] >= least else None",
+         "return f\"row {numbers[places[0, 0]]}: cosine {scores[0, 0]:.3f}\" if scores[0, 0] >= 0.95 else None",
+         "test_filters.py::test_questions_with_near_vectors_go_whatever_their_answers")],
+    "reward.py": [
+        ("last = [end - 1 for end in itertools.accumulate(lengths[row] for row in rows)]",
+         "last = [end - 2 for end in itertools.accumulate(lengths[row] for row in rows)]",
+         "test_reward.py::test_logits_equal_transformers"),
+        ("attend = functools.partial(attend_apart, batch[\"documents\"])",
+         "attend = functools.partial(attend_apart, torch.zeros_like(batch[\"documents\"]))",
+         "test_reward.py::test_batches_equal_one_by_one_and_hold_what_they_may"),
+        ("found[rows] = logits[last].float().cpu()", "found[sorted(rows)] = logits[last].float().cpu()",
+         "test_reward.py::test_batches_equal_one_by_one_and_hold_what_they_may")],
 }
 
 

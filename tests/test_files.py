@@ -38,6 +38,11 @@ def test_strict_json(tmp_path):
         path.write_text(text)
         with pytest.raises(InputError, match=found):
             read_json(path)
+    begin = time.process_time()  # the key that stands twice is found in one pass
+    path.write_text("{" + ", ".join(f'"{i}": 1' for i in [*range(50_000), 49_999]) + "}")
+    with pytest.raises(InputError, match="'49999' stands twice"):
+        read_json(path)
+    assert time.process_time() - begin < 2
     path.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(InputError, match="not UTF-8"):
         read_json(path)

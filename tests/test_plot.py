@@ -330,6 +330,24 @@ def test_a_score_outside_the_scale_is_refused(tmp_path, score):
     with pytest.raises(InputError, match=rf"rows.jsonl:2: found quality {score}, expected a score from 1 to 10"):
         plot.draw(path)
 
+
+def test_rows_in_and_out_of_every_stage(figure):
+    stages = {"texts": {"in": 1200, "out": 1200, "dropped": {}},
+              "ask": {"in": 1200, "out": 900, "dropped": {"leak": 50, "no reply": 200, "no two questions": 50}},
+              "filter": {"in": 900, "out": 0, "dropped": {"exact": 900}}}
+    plot.draw_stages(figure, stages, "ours")
+    axes, = figure.axes
+    out, dropped = axes.containers
+    assert [bar.get_width() for bar in out] == [1200, 900, 0]
+    assert [(bar.get_x(), bar.get_width()) for bar in dropped] == [(1200, 0), (900, 300), (0, 900)]
+    assert [text.get_text() for text in axes.texts] == [
+        "1,200 of 1,200", "900 of 1,200; 200 no reply; 50 leak; …", "0 of 900; 900 exact"]
+    assert [text.get_position()[1] for text in axes.texts] == [0, 1, 2]
+    assert all(text.get_position()[0] > one["in"] for text, one in zip(axes.texts, stages.values()))
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["texts", "ask", "filter"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first on top
+    assert figure.get_suptitle() == "ours: rows in and out of every stage"
+
 # ----- vectors -------------------------------------------------------------------------------------------------------
 
 
