@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from adapt import adapted
 from arms import Evaluation, arm_of, ending, example_of, messages_before, prompt_of, records_of_kinds
 from benchmarks import (
     SHAPES,
@@ -80,7 +81,7 @@ from report import (
     with_holm,
 )
 from retrieve import Index
-from ttt import adapted, default_model, open_tokenizer, system_message
+from ttt import default_model, open_tokenizer, system_message
 from weights import DTYPES, stop_ids_of, weights_sha256
 
 # ----- measures ------------------------------------------------------------------------------------------------------

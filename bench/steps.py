@@ -37,6 +37,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 
+from adapt import example_loss  # noqa: E402
 from arms import Evaluation, cosine, cut_record, example_of, prompt_of  # noqa: E402
 from benchmarks import Question  # noqa: E402
 from data import collate_answers, on_device, rounded_up  # noqa: E402
@@ -45,7 +46,7 @@ from fast import answer_logps, causal_attention, embed, token_logps  # noqa: E40
 from files import InputError, Parser, appended, read_data, run_main, whole, write_json, written_aside  # noqa: E402
 from leaks import reason_to_mask  # noqa: E402
 from model import load_model, rotary_table  # noqa: E402
-from ttt import example_loss, open_tokenizer  # noqa: E402
+from ttt import open_tokenizer  # noqa: E402
 
 PROTOCOL = json.loads(Path(__import__("os").environ.get("PROTOCOL", ROOT / "bench/protocol.json")).read_text())
 FEW = 30  # questions of dev that every method is tried on

@@ -16,12 +16,12 @@ from ranks import run_ranks
 import evaluate
 import model as M
 import retrieve
+from adapt import adapted
 from arms import Evaluation, example_of
 from benchmarks import read_benchmark
 from files import InputError
 from parallel import from_all
 from tokenizer import Tokenizer
-from ttt import adapted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
