@@ -76,6 +76,13 @@ class NotFinite(Exception):
     """A loss, gradient or step of the adaptation is NaN or infinite."""
 
 
+class NoHelp(Exception):
+    """Steps on neighbours did not lower the loss on the next ones."""
+
+
+CHECKED, FALL = 3, 0.02  # neighbours; nats a token. Rounding alone moves the mean by 0.01
+
+
 def example_loss(model, example):
     """Mean cross-entropy of (ids, labels) over its supervised tokens, an fp32 scalar; labels as training_example's."""
     spare = -len(example[0]) % 8  # see data.collate
@@ -84,13 +91,18 @@ def example_loss(model, example):
     return -model(ids, labels=labels).sum() / (labels != -100).sum()
 
 
-def take_steps(model, examples, update, steps, hooks=None):
+def take_steps(model, examples, update, steps, hooks=None, check=False):
     """`steps` updates on each example in turn; a gradient is used and dropped as soon as it is complete.
 
     Returns the loss on the first example before any step. NotFinite when a loss, gradient or step is not finite.
     `hooks`: a list for the hooks on gradients, so that a caller can remove those that an interrupt left behind.
+    `check`: the examples after the first are questions, too, until they are trained on. NoHelp when the loss on the
+    next CHECKED, before their own steps, has not fallen by FALL on average. Fewer examples are not checked.
     """
     hooks = [] if hooks is None else hooks
+    change, alone = 0.0, examples[1:1 + CHECKED] if check and len(examples) > CHECKED else []
+    with torch.no_grad():
+        alone = [example_loss(model, example).item() for example in alone]
     first_loss, all_finite = None, torch.ones((), dtype=torch.bool, device=model.norm.weight.device)
 
     @torch.no_grad()
@@ -108,13 +120,18 @@ def take_steps(model, examples, update, steps, hooks=None):
         model.embed_grad = model.head_grad = buffer
         for weight in model.parameters():
             hooks.append(weight.register_post_accumulate_grad_hook(on_gradient))
-        for example in examples:
-            for _ in range(steps):
+        for i, example in enumerate(examples):
+            for step in range(steps):
                 with torch.enable_grad():
                     loss = example_loss(model, example)
                     value = loss.item()
                     if value - value != 0:
                         raise NotFinite(f"the loss on the neighbour is {value}")
+                    if step == 0 < i <= len(alone):
+                        change += (value - alone[i - 1]) / len(alone)
+                        if i == len(alone) and not change <= -FALL:
+                            raise NoHelp(f"the loss on the next {i} neighbours changed by {change:+.3f} nats a token, "
+                                         f"expected {-FALL} or less")
                     loss.backward()
                 if buffer is not None:
                     with torch.no_grad():
@@ -150,14 +167,15 @@ class Report:
 
 @contextlib.contextmanager
 def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, activation_checkpointing=None,
-            snapshot_device=None, loss_after=True):
+            snapshot_device=None, loss_after=True, check=False):
     """Context manager: inside it the model has taken its steps on `examples`, after it the model is as it was before.
 
     examples: [(ids, labels), …] as `data.training_example` makes them, nearest first. Yields a Report. Whatever leaves
     the block, an exception or a signal turned into one: every parameter and buffer is restored bit for bit (compared by
     digest), as are train/eval mode, requires_grad and the random state; gradients are gone. A model that could not be
     restored refuses to run again. One question at a time: another thread waits. Without examples, or when a loss,
-    gradient or step is not finite, the block runs with the weights as they were and the report says why. `loss_after`
+    gradient or step is not finite, or with `check` where steps do not help the next examples (see take_steps), the
+    block runs with the weights as they were and the report says why. `loss_after`
     False saves the forward pass that measures the gain, and with it the check that this loss is finite.
     The activations of a model of more than a billion parameters are computed again in backward, unless told otherwise.
     `snapshot_device` is where the original weights wait: by default as `place_for_snapshot` says.
@@ -186,14 +204,14 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
                 try:
                     report.loss_before = take_steps(
                         model, examples, snapshot.before(make_update(optimizer, lr, generator)), steps,
-                        snapshot.hooks)  # moments end with it
+                        snapshot.hooks, check)  # moments end with it
                     if loss_after:
                         with torch.no_grad():
                             report.loss_after = example_loss(model, examples[0]).item()
                         if report.loss_after - report.loss_after != 0:
                             raise NotFinite(f"the loss on the neighbour after the step is {report.loss_after}")
                     report.applied = True
-                except NotFinite as error:
+                except (NotFinite, NoHelp) as error:
                     report.reason = str(error)
                     snapshot.restore()
                 snapshot.keep_all()  # what the block itself changes is put back as well

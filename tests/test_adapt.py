@@ -1,5 +1,6 @@
 """adapt.py: one step by hand, what steps do to the loss, and how `adapted` ends (test_snapshot.py: the way back)."""
 import json
+import re
 import threading
 import weakref
 
@@ -233,3 +234,60 @@ def test_a_number_that_is_not_finite_gives_the_models_own_answer_and_the_reason(
         assert not report.applied and what.split()[0] in report.reason and same(model, before)
         model.norm.weight.data.zero_()
     assert report.restored and same(model, before)
+
+
+# ----- the check -----------------------------------------------------------------------------------------------------
+
+def test_steps_that_help_the_next_neighbours_are_kept_as_without_a_check():
+    """Four times the same example: each step lowers the loss on the next."""
+    model, adapted = tiny(), []
+    for check in (False, True):
+        with adapt.adapted(model, tiny_examples(1) * 4, lr=1e-3, check=check) as report:
+            assert report.applied and report.loss_after < report.loss_before - 0.02
+            adapted.append(bits(model))
+    assert all(map(torch.equal, *adapted))
+
+
+@pytest.mark.parametrize("examples, applied", [(4, False), (3, True)])
+def test_steps_that_do_not_help_are_undone_before_the_answer(examples, applied):
+    """A rate of 1e-9 changes next to nothing; three neighbours or fewer are not checked."""
+    model = tiny()
+    before = bits(model)
+    with adapt.adapted(model, tiny_examples(examples), lr=1e-9, check=True) as report:
+        assert report.applied == applied and (applied or same(model, before))
+        assert (report.reason is None) == applied
+        model.norm.weight.data.zero_()
+    assert report.restored and same(model, before)
+    if not applied:
+        assert re.fullmatch(r"the loss on the next 3 neighbours changed by [+-]0\.00\d nats a token, "
+                            r"expected -0\.02 or less", report.reason)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("second, third, fourth, taken", [
+    (0.95, 2.00, 2.99, 4), (1.00, 1.95, 3.00, 3), (0.97, 2.00, 2.96, 4), (0.97, 2.00, 2.98, 3),
+    (1.00, float("nan"), 2.00, 2)])
+def test_the_check_by_hand(steps, second, third, fourth, taken, monkeypatch):
+    """The losses alone are 1, 2 and 3: their mean change must be -0.02. An example's loss before its first step counts.
+    """
+    losses, seen = iter([1.0, 2.0, 3.0]), []
+    first = {0: 5.0, 1: second, 2: third, 3: fourth, 4: 9.0}
+
+    def scripted(model, example):
+        if not torch.is_grad_enabled():
+            return torch.tensor(next(losses))
+        seen.append(example)
+        later = 0.5 * (seen.count(example) > 1)
+        return model.norm.weight.sum() * 0 + first[example] - later
+    monkeypatch.setattr(adapt, "example_loss", scripted)
+    updates, model = [], tiny()
+
+    def update(weight, grad):
+        return updates.append(weight is model.norm.weight) or True
+    try:
+        adapt.take_steps(model, list(range(5)), update, steps, check=True)
+        assert taken == 4 and sum(updates) == 5 * steps
+    except adapt.NoHelp:
+        assert taken == 3 and sum(updates) == 3 * steps
+    except adapt.NotFinite:
+        assert taken == 2 and sum(updates) == 2 * steps
