@@ -21,6 +21,7 @@ import model as M
 import retrieve
 import ttt
 from benchmarks import Question
+from data import training_example
 from files import InputError, run_main
 from rows import messages_of
 from tokenizer import Tokenizer
@@ -48,7 +49,7 @@ def toy(smollm2, minilm, tmp_path_factory):
 def settings(toy, **changes):
     argv = ["--question", "x", "--model", str(toy / "model"), "--index", str(toy / "index"), "--max-new-tokens", "12"]
     args = ttt.parse_args(argv)
-    return ttt.settings_of(args) | changes
+    return ttt.settings_of(args) | {"k": 4, "context": 0, "check": False} | changes
 
 
 def test_ten_questions_in_two_orders_give_the_same_tokens(toy, monkeypatch):
@@ -84,14 +85,15 @@ def test_busy_cores_are_left_before_the_steps_and_before_the_answer(toy, monkeyp
     monkeypatch.setattr(answerer.threads, "leave_busy_cores", lambda: order.append("threads"))
     answerer.answer("What is asthma?", (), *(lambda found, what=what: order.append(what)
                                              for what in ("neighbours", "report", "text")))
-    assert order[:5] == ["neighbours", "threads", "report", "threads", "text"]
+    assert order[:6] == ["threads", "neighbours", "threads", "report", "threads", "text"]
 
 
 def test_the_steps_are_taken_nearest_first_and_as_the_flags_say(toy, monkeypatch):
     """Three neighbours by their vectors, brute force, and the order in which their traces come to `adapted`."""
     monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
     flags = ["--question", "What is asthma?", "--model", str(toy / "model"), "--index", str(toy / "index"), "--k", "3",
-             "--max-new-tokens", "1", "--lr", "0.002", "--steps", "2", "--optimizer", "sgd", "--seed", "5"]
+             "--max-new-tokens", "1", "--lr", "0.002", "--steps", "2", "--optimizer", "sgd", "--seed", "5",
+             "--context", "0"]
     answerer, seen, adapted = ttt.Answerer(ttt.settings_of(ttt.parse_args(flags))), [], ttt.adapted
 
     def noted(model, examples, **settings):
@@ -101,7 +103,8 @@ def test_the_steps_are_taken_nearest_first_and_as_the_flags_say(toy, monkeypatch
     answerer.answer("What is asthma?")
     scores = answerer.index.vectors @ answerer.encoder.encode(["What is asthma?"])[0]
     nearest = [answerer.example(i, []) for i in np.argsort(-scores)[:3]]
-    assert seen == [(nearest, {"steps": 2, "lr": 0.002, "optimizer": "sgd", "seed": 5})]
+    assert seen == [(nearest, {"steps": 2, "lr": 0.002, "optimizer": "sgd", "seed": 5,
+                               "check": True})]
 
 
 def prompts_of(answerer, monkeypatch):
@@ -145,6 +148,38 @@ def test_neighbours_that_would_take_the_answers_room_stay_out_of_the_prompt(toy,
         result = answerer.answer("What is asthma?")
         assert sum("in_prompt" in neighbour for neighbour in result["neighbours"]) == expected
     assert prompts[1] == prompts[0] and len(prompts[2]) < whole
+
+
+def test_neighbours_say_whether_they_help_in_the_prompt(toy, monkeypatch):
+    """By hand: the loss on the first, alone and after the second, and the other way round; the first stands last."""
+    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
+    answerer = ttt.Answerer(settings(toy, k=0, context=2, check=True, max_new_tokens=1, system="Be brief."))
+    prompts, losses, seen = prompts_of(answerer, monkeypatch), {}, []
+    monkeypatch.setattr(ttt, "example_loss", lambda model, example: seen.append(example) or torch.tensor(
+        losses[len(seen) - 1]))
+    first, second = (messages_of(answerer.index.records[one["id"]]) for one in ttt.Answerer(
+        settings(toy, k=2, max_new_tokens=1)).answer("What is asthma?")["neighbours"])
+    plain = ttt.prompt_ids(answerer.tokenizer, "Be brief.", "What is asthma?")
+    shown = ttt.prompt_ids(answerer.tokenizer, "Be brief.", "What is asthma?", [*second, *first])
+    for typical, changes, expected in ((2.0, (2.0, 3.0, 3.5, 2.6), shown), (2.0, (2.0, 3.0, 3.5, 2.4), plain),
+                                       (-1.0, (), shown), (2.0, (2.0, 2.0, 2.0, 2.0), plain)):
+        answerer.typical_score = typical
+        losses.clear(), seen.clear(), losses.update(enumerate(changes))
+        neighbours = answerer.answer("What is asthma?")["neighbours"]
+        assert prompts[-1] == expected and ["in_prompt" in one for one in neighbours] == [expected == shown] * 2
+        assert len(seen) == len(changes)
+    examples = []
+    for own, other in ((first, second), (second, first)):
+        untrained = [{**turn, "train": False} for turn in other]
+        system = [{"role": "system", "content": "Be brief."}]
+        examples += [training_example(answerer.tokenizer, [*system, *before, *own], 4096) for before in (untrained, [])]
+    assert seen == examples
+
+
+def test_one_neighbour_cannot_say_whether_it_helps(toy):
+    answerer = ttt.Answerer(settings(toy))
+    messages = messages_of(answerer.index.records[0])
+    assert ttt.change_in_prompt(answerer.model, answerer.tokenizer, [], [messages], 99) == 0
 
 
 def test_a_question_is_embedded_with_the_instruction_the_index_was_built_with(toy, tmp_path, monkeypatch):
@@ -219,6 +254,7 @@ def test_json_output_is_complete(toy, run):
 def test_text_output_and_switching_it_off(toy, run, tmp_path):
     (tmp_path / "system.txt").write_text("Answer briefly.")
     arguments = ["--question", "What is asthma?", "--model", toy / "model", "--max-new-tokens", 5]
+    arguments += ["--always"]
     adapted = run(*arguments, "--index", toy / "index", "--system", tmp_path / "system.txt").stdout
     assert "neighbour" in adapted and "loss on the nearest" in adapted and "Not medical advice" in adapted
     plain = run(*arguments, "--no-ttt", "--index", "no/such/index").stdout
@@ -386,7 +422,8 @@ def test_wrong_input_is_one_line_and_status_2(toy, run, tmp_path):
         ([*good, "--model", "no/such/model"], "no/such/model: does not exist"),
         (["--question", "  "], "empty question"), ([*good, "--index", "no/index"], "no/index"),
         ([*good, "--model", truncated], "damaged safetensors"), ([*good, "--encoder", other_encoder], "sha256"),
-        ([*good, "--index", damaged], "damaged"), ([*good, "--k", "0"], "--k"), ([*good, "--lr", "nan"], "--lr"),
+        ([*good, "--index", damaged], "damaged"),
+            ([*good, "--k", "0", "--context", "0"], "--k 0 and --context 0"), ([*good, "--k", "-1"], "--k"), ([*good, "--lr", "nan"], "--lr"),
         ([*good, "--top-p", "1.5"], "--top-p"), ([*good, "--seed", "9" * 20], "--seed"),
         ([*good, "--recipe", "paper", "--k", "3"], "--recipe paper and --k 3"),
         (["--questions", tmp_path / "long.jsonl", "--out", tmp_path / "o", *good[2:]], "long.jsonl:2: the prompt has"),
@@ -410,7 +447,8 @@ def test_wrong_input_is_one_line_and_status_2(toy, run, tmp_path):
 
 def test_terminated_in_the_middle_ends_with_143_and_no_traceback(toy):
     process = subprocess.Popen([sys.executable, ROOT / "ttt.py", "--question", "Q?", "--model", toy / "model",
-                                "--index", toy / "index", "--max-new-tokens", "3000", "--temperature", "1.5"],
+                                "--index", toy / "index", "--max-new-tokens", "3000", "--temperature", "1.5",
+                                "--always", "--context", "0", "--k", "2"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = iter(process.stdout.readline, "")
     assert next(lines).startswith("neighbour")
