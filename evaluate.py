@@ -4,6 +4,7 @@
     nearest, random            after test-time training on the k nearest records of the question, or on k random ones
     context, random-context    the same records as earlier turns of the conversation
     nearest+context            both
+    ttt, random-ttt            both, as ttt.py does by default: where the records themselves show that it helps
 
 What is new in a question's neighbours shows in nearest − random; whether training on them pays, in nearest − context.
 
@@ -81,7 +82,7 @@ from report import (
     with_holm,
 )
 from retrieve import Index
-from ttt import default_model, open_tokenizer, system_message
+from ttt import change_in_prompt, default_model, open_tokenizer, system_message
 from weights import DTYPES, stop_ids_of, weights_sha256
 
 # ----- measures ------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def measured(run, questions, arms):
     for arm in arms:
         begin_peak(run.world.device)
         start = time.perf_counter()
-        asked = [(question, prompt_of(run, question, arm.in_prompt(records[question.number, arm.context])
+        asked = [(question, prompt_of(run, question, shown_in(run, arm, records[question.number, arm.context])
                                       if arm.context else ())) for question in questions]
         if not arm.train:
             found = measure(run, asked) if asked else []
@@ -179,7 +180,7 @@ def measured(run, questions, arms):
                 examples = [example_of(run, messages, was_cut)
                             for _, _, messages, was_cut in arm.trained(records[question.number, arm.train])]
                 with adapted(run.model, examples, steps=arm.steps, lr=arm.lr, optimizer=arm.optimizer,
-                             seed=run.args.seed, loss_after=False) as report:
+                             seed=run.args.seed, loss_after=False, check=arm.check) as report:
                     found += measure(run, [(question, prompt)])
                 found[-1] |= {"applied": report.applied} | ({"reason": report.reason} if report.reason else {})
         timings.append({"arm": arm.name, "questions": len(questions), "seconds": round(time.perf_counter() - start, 4),
@@ -193,6 +194,15 @@ def measured(run, questions, arms):
                 **({"neighbours": [{"id": i, "score": score} for i, score, _, _ in used],
                     **notes[question.number, kind]} if kind else {})}
     return rows, timings
+
+
+def shown_in(run, arm, records):
+    """The records in an arm's prompt; none where it asks the records first and they do not help each other."""
+    shown = arm.in_prompt(records)
+    if not arm.check or not shown or max(score for _, score, _, _ in shown) >= run.typical_score:
+        return shown
+    conversations = [messages for _, _, messages, _ in records[:len(shown)]]
+    return shown if change_in_prompt(run.model, run.tokenizer, run.system, conversations, run.context) < 0 else ()
 
 
 def begin_peak(device):
@@ -270,6 +280,7 @@ def load(run):
     if any(arm.train or arm.context for arm in args.arms):
         run.index = Index.load(args.index)
         run.encoder = run.index.load_encoder(args.encoder, run.world.device)
+        run.typical_score = run.index.typical_score()
     run.model = load_model(args.model, run.world.device, DTYPES[args.dtype])
 
 
