@@ -2,6 +2,7 @@
 import os
 import signal
 import time
+from collections import Counter
 
 import psutil
 import pytest
@@ -217,15 +218,36 @@ def test_everything_is_as_it_was(settings):
 
 
 def test_200_cycles_change_nothing_and_leak_nothing():
-    model, examples = tiny(), tiny_examples()
+    model, examples, outcomes = tiny(), tiny_examples(4), Counter()
     before, fingerprint, process = bits(model), digest(model), psutil.Process()
     for cycle in range(200):
-        with adapt.adapted(model, examples, seed=cycle, optimizer=("signsgd", "adam")[cycle % 2]):
+        with adapt.adapted(model, examples, seed=cycle, optimizer=("signsgd", "adam")[cycle % 2],
+                           check=cycle % 4 > 1) as report:
             list(generate(model, [1, 2, 3], max_new_tokens=3))
+        outcomes[report.applied] += 1
         assert digest(model) == fingerprint
         if cycle == 20:  # allocators and thread pools have warmed up
             resident = process.memory_info().rss
     assert same(model, before) and process.memory_info().rss - resident <= 5 << 20
+    assert outcomes == {True: 100, False: 100}  # at this rate the check undoes the steps
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_restored_whatever_strikes_while_the_steps_are_checked(call, monkeypatch):
+    """The losses of three examples alone, of four before their steps, and one after them: the examples are the same."""
+    model, calls, example_loss = tiny(), [], adapt.example_loss
+    before = bits(model)
+
+    def striking(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return example_loss(*args)
+    monkeypatch.setattr(adapt, "example_loss", striking)
+    with pytest.raises(KeyboardInterrupt), adapt.adapted(model, tiny_examples(1) * 4, lr=1e-3, check=True):
+        pass
+    assert len(calls) == call and same(model, before) and model.unusable is None
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
 
 
 class Sudden(BaseException):
