@@ -7,7 +7,7 @@
     python bench/steps.py run --trials grid dev --out evals/steps                  every rate; the best on 60 questions
     python bench/steps.py choose --out evals/steps                                 into protocol.json, to be committed
     python bench/steps.py run --trials test --out evals/steps                      123 questions a cell, three seeds
-    python bench/steps.py table --out evals/steps
+    python bench/steps.py table --trials dev --out evals/steps
 
     w ← stochastic_round(w − lr · d)        a step on one neighbour, g its gradient; nearest first
     sign      d = g / (|g| + eps)           ttt.py's default: the first step of a fresh Adam
@@ -48,7 +48,7 @@ from leaks import reason_to_mask  # noqa: E402
 from model import load_model, rotary_table  # noqa: E402
 from ttt import open_tokenizer  # noqa: E402
 
-PROTOCOL = json.loads(Path(__import__("os").environ.get("PROTOCOL", ROOT / "bench/protocol.json")).read_text())
+PROTOCOL = json.loads((ROOT / "bench/protocol.json").read_text())
 FEW = 30  # questions of dev that every method is tried on
 SMOLLM2, MINILM = ROOT / "models/smollm2-135m-instruct", ROOT / "models/all-minilm-l6-v2"
 
@@ -556,6 +556,34 @@ def dev_trials(found, out):
     return trials + variants
 
 
+def table(args):
+    """Every trial of a phase against the model as it is: %, a clustered 95 % interval, how many became worse by 1 %."""
+    from stats import paired
+    data = json.loads((args.out / "cells.json").read_text())
+    values = defaultdict(lambda: defaultdict(list))
+    for row in rows_of(args.out / f"{args.trials[0]}.jsonl"):
+        if "failed" not in row:
+            values[row["cell"], row["trial"], row["k"], row["context"]][row["row"]].append(
+                row["nats"] / np.log(2) / row["bytes"])  # the mean over seeds
+    for cell in {key[0]: None for key in values}:
+        none = next(found for key, found in values.items() if key[0] == cell and key[2:] == (0, 0))
+        print(f"\n{cell}: {np.mean([np.mean(found) for found in none.values()]):.4f} bits per byte as it is\n\n"
+              "| trial | neighbours | in the prompt | change (95 %) | questions | worse by 1 % |\n|---|---|---|---|---|---|")
+        lines = []
+        for (of, trial, k, context), found in values.items():
+            if of != cell or not (k or context):
+                continue
+            rows = [row for row in found if row in none]
+            a, b = (np.array([np.mean(one[row]) for row in rows]) for one in (none, found))
+            records = data["records"][next(iter(data["cells"][cell].values()))[0]["from"]]
+            p = paired(a, b, [records[row].get("url", row) for row in rows])
+            low, high = (100 * p[end] / a.mean() for end in ("low", "high"))
+            lines.append((100 * p["difference"] / a.mean(), f"| {trial} | {k} | {context} | "
+                          f"{100 * p['difference'] / a.mean():+.2f} ({low:+.2f} to {high:+.2f}) | {len(rows)} | "
+                          f"{int((b > 1.01 * a).sum())} |"))
+        print(*(line for _, line in sorted(lines)), sep="\n")
+
+
 def moments(args):
     """OUT/second_moments.pt: AdamW's second moments of the last checkpoint of OUT/sft, in the order of the weights."""
     import torch.distributed.checkpoint as dcp
@@ -580,7 +608,7 @@ def main():
     parser.add_argument("--workers", type=whole(1), default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    {"split": split, "cells": cells, "moments": moments, "run": run_trials, "choose": choose}[args.command](args)
+    {"split": split, "cells": cells, "moments": moments, "run": run_trials, "choose": choose, "table": table}[args.command](args)
 
 
 if __name__ == "__main__":
