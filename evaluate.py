@@ -82,7 +82,7 @@ from report import (
     with_holm,
 )
 from retrieve import Index
-from ttt import change_in_prompt, default_model, open_tokenizer, system_message
+from ttt import default_model, open_tokenizer, system_message
 from weights import DTYPES, stop_ids_of, weights_sha256
 
 # ----- measures ------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def measured(run, questions, arms):
     for arm in arms:
         begin_peak(run.world.device)
         start = time.perf_counter()
-        asked = [(question, prompt_of(run, question, shown_in(run, arm, records[question.number, arm.context])
+        asked = [(question, prompt_of(run, question, arm.in_prompt(records[question.number, arm.context])
                                       if arm.context else ())) for question in questions]
         if not arm.train:
             found = measure(run, asked) if asked else []
@@ -181,6 +181,8 @@ def measured(run, questions, arms):
                             for _, _, messages, was_cut in arm.trained(records[question.number, arm.train])]
                 with adapted(run.model, examples, steps=arm.steps, lr=arm.lr, optimizer=arm.optimizer,
                              seed=run.args.seed, loss_after=False, check=arm.check) as report:
+                    if arm.check and not (report.applied or near_enough(run, records[question.number, arm.context])):
+                        prompt = prompt_of(run, question)  # as ttt.py does
                     found += measure(run, [(question, prompt)])
                 found[-1] |= {"applied": report.applied} | ({"reason": report.reason} if report.reason else {})
         timings.append({"arm": arm.name, "questions": len(questions), "seconds": round(time.perf_counter() - start, 4),
@@ -196,13 +198,9 @@ def measured(run, questions, arms):
     return rows, timings
 
 
-def shown_in(run, arm, records):
-    """The records in an arm's prompt; none where it asks the records first and they do not help each other."""
-    shown = arm.in_prompt(records)
-    if not arm.check or not shown or max(score for _, score, _, _ in shown) >= run.typical_score:
-        return shown
-    conversations = [messages for _, _, messages, _ in records[:len(shown)]]
-    return shown if change_in_prompt(run.model, run.tokenizer, run.system, conversations, run.context) < 0 else ()
+def near_enough(run, records):
+    """Whether the nearest record is nearer than half of the index's records are to theirs."""
+    return max((score for _, score, _, _ in records), default=-math.inf) >= run.typical_score
 
 
 def begin_peak(device):

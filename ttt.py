@@ -10,8 +10,9 @@ Source: FineMedLM-o1 (arXiv 2501.09213, section on test-time training: one step 
 
 The default, found on held-out questions (bench/README.md): k = 10, lr = 6e-5, four neighbours in the prompt, and the
 neighbours say whether that helps. Steps go on where three of them lower the loss on the next three, which are not yet
-trained on; else they are undone. In the prompt neighbours stand where they lower each other's loss, or where the
-nearest is unusually near. With a model before SFT both help nearly always, after it hardly ever.
+trained on; else they are undone, as nearly always after SFT. In the prompt neighbours stand where the steps are kept,
+because such a model does not know the form of an answer yet, or where the nearest is nearer than half of the index's
+records are to theirs, because it may hold the answer.
 
     python ttt.py --question "…"                                    one question
     python ttt.py --questions FILE.jsonl --out ANSWERS.jsonl        many; run again to go on where it stopped
@@ -23,10 +24,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from adapt import adapted, example_loss
+from adapt import adapted
 from chat import check_vocabulary, render_chat
 from data import training_example
 from fast import Threads, reuse_freed_memory
@@ -94,30 +94,16 @@ class Answerer:
         return ids, labels
 
     def with_neighbours(self, ids, question, history, neighbours):
-        """The prompt with the nearest neighbours as its first turns, the nearest last, beside the question; marks them
-        "in_prompt". Those that would take the answer's room are left out, the farthest first; so are all of them where
-        they are not said to help (see `help_in_prompt`)."""
+        """(the prompt with the nearest neighbours as its first turns, the nearest last, beside the question; these
+        neighbours). Those that would take the answer's room are left out, the farthest first."""
         turns, shown, room = [], [], min(self.settings["max_new_tokens"], self.context // 2)
         for neighbour in [one for one in neighbours if "skipped" not in one][:self.settings["context"]]:
             messages = [one for one in messages_of(self.index.records[neighbour["id"]]) if one["role"] != "system"]
             longer = prompt_ids(self.tokenizer, self.settings["system"], question, [*messages, *turns, *history])
             if len(longer) + room > self.context:
                 break
-            ids_with, turns = longer, [*messages, *turns]
-            shown.append((neighbour, messages))
-        if not shown or (self.settings["check"] and not self.help_in_prompt(shown)):
-            return ids
-        for neighbour, _ in shown:
-            neighbour["in_prompt"] = True
-        return ids_with
-
-    def help_in_prompt(self, shown):
-        """Whether neighbours, [(neighbour, messages)] nearest first, may stand in the prompt: where the nearest is
-        nearer than half of the index's records are to theirs, so that it may hold the answer; or where they lower each
-        other's loss, as they do with a model that does not know the form of an answer yet."""
-        return shown[0][0]["score"] >= self.typical_score or change_in_prompt(
-            self.model, self.tokenizer, system_message(self.settings["system"]), [messages for _, messages in shown],
-            self.context) < 0
+            ids, turns, shown = longer, [*messages, *turns], [*shown, neighbour]
+        return ids, shown
 
     def fitting(self, question, history):
         """`history` without the oldest turns that leave too little room for an answer to `question`; says so.
@@ -141,7 +127,7 @@ class Answerer:
         s, start = self.settings, time.perf_counter()
         ids = prompt_ids(self.tokenizer, s["system"], question, history)
         check_length(ids, self.context)
-        system, neighbours, examples = system_message(s["system"]), [], []
+        system, neighbours, examples, longer, shown = system_message(s["system"]), [], [], ids, []
         if s["ttt"]:
             scores, found = self.index.search(self.encoder.encode([question], is_query=True), max(s["k"], s["context"]))
             for score, i in zip(scores[0].tolist(), found[0].tolist()):
@@ -152,8 +138,7 @@ class Answerer:
                         examples.append(self.example(i, system))
                     except InputError as error:
                         neighbours[-1]["skipped"] = str(error)
-            self.threads.leave_busy_cores()
-            ids = self.with_neighbours(ids, question, history, neighbours)
+            longer, shown = self.with_neighbours(ids, question, history, neighbours)
             examples = examples[:s["k"]]
         if self.tokenizer.read_as_text and not self.noticed:
             print(notice_of(self.tokenizer.read_as_text), file=sys.stderr)
@@ -166,6 +151,10 @@ class Answerer:
                      seed=s["seed"], check=s["check"]) as report:
             if not s["ttt"] or not s["k"]:
                 report.reason = "switched off"
+            if shown and (not s["check"] or report.applied or shown[0]["score"] >= self.typical_score):
+                ids = longer
+                for neighbour in shown:
+                    neighbour["in_prompt"] = True
             if on_adapted:
                 on_adapted(report)
             self.threads.leave_busy_cores()
@@ -211,19 +200,6 @@ def prompt_ids(tokenizer, system, question, history=()):
     """The ids after which the answer to `question` begins; `system` is a text or None, `history` earlier messages."""
     messages = [*system_message(system), *history, {"role": "user", "content": question}]
     return render_chat(tokenizer, messages, add_generation_prompt=True)[0]
-
-
-@torch.no_grad()
-def change_in_prompt(model, tokenizer, system, conversations, longest):
-    """How the loss on each of some conversations changes when the others stand before it, the first of them last: the
-    mean in nats a token, 0 for one conversation. No conversation is used as a question and as its own answer."""
-    change, others = 0.0, len(conversations) > 1
-    for own in conversations if others else ():
-        before = [{**turn, "train": False} for other in conversations[::-1] if other is not own for turn in other]
-        for turns, sign in ((before, 1), ([], -1)):
-            example = training_example(tokenizer, [*system, *turns, *own], longest)
-            change += sign * example_loss(model, example).item() / len(conversations)
-    return change
 
 
 def check_length(ids, context):
@@ -282,7 +258,7 @@ def parse_args(argv=None):
                         help="signsgd: g / (|g| + eps), the first step of a fresh Adam; adam: its moments kept from "
                         "step to step; with --k 1 --steps 1 the two are one (paper: adam)")
     parser.add_argument("--always", action="store_true",
-                        help="neighbours are trained on and shown without asking first whether they help each other")
+                        help="neighbours are trained on and shown without a look at whether that helps")
     parser.add_argument("--recipe", choices=("paper",), help="paper: --k 1 --context 0 --steps 1 --lr 1e-5 "
                         "--optimizer adam")
     parser.add_argument("--no-ttt", action="store_true", help="answer without test-time training")

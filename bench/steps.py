@@ -567,7 +567,8 @@ def table(args):
                 row["nats"] / np.log(2) / row["bytes"])  # the mean over seeds
     for cell in {key[0]: None for key in values}:
         none = next(found for key, found in values.items() if key[0] == cell and key[2:] == (0, 0))
-        print(f"\n{cell}: {np.mean([np.mean(found) for found in none.values()]):.4f} bits per byte as it is\n\n"
+        mean = np.mean([np.mean(found) for found in none.values()])
+        print(f"\n{cell}: {mean:.4f} bits per byte as it is\n\n"
               "| trial | neighbours | in the prompt | change (95 %) | questions | worse by 1 % |\n|---|---|---|---|---|---|")
         lines = []
         for (of, trial, k, context), found in values.items():
@@ -599,7 +600,7 @@ def moments(args):
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["split", "cells", "moments", "run", "choose", "table"])
+    parser.add_argument("command", choices=["split", "cells", "moments", "run", "choose", "table"], metavar="COMMAND")
     parser.add_argument("--data", metavar="FILE", help="split: MedQuAD's rows")
     parser.add_argument("--traces", metavar="FILE", help="cells: rows of long reasoning, for the leave-one-out cells")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -608,7 +609,8 @@ def main():
     parser.add_argument("--workers", type=whole(1), default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    {"split": split, "cells": cells, "moments": moments, "run": run_trials, "choose": choose, "table": table}[args.command](args)
+    commands = {"split": split, "cells": cells, "moments": moments, "run": run_trials, "choose": choose, "table": table}
+    commands[args.command](args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """ttt.py: one step by hand, what steps do to the loss, and the program around them (test_snapshot.py: the way back)."""
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -16,12 +17,12 @@ import torch
 from conftest import ROOT, bits, held_elsewhere, same
 from safetensors.torch import load_file, save_file
 
+import adapt
 import arms
 import model as M
 import retrieve
 import ttt
 from benchmarks import Question
-from data import training_example
 from files import InputError, run_main
 from rows import messages_of
 from tokenizer import Tokenizer
@@ -85,7 +86,7 @@ def test_busy_cores_are_left_before_the_steps_and_before_the_answer(toy, monkeyp
     monkeypatch.setattr(answerer.threads, "leave_busy_cores", lambda: order.append("threads"))
     answerer.answer("What is asthma?", (), *(lambda found, what=what: order.append(what)
                                              for what in ("neighbours", "report", "text")))
-    assert order[:6] == ["threads", "neighbours", "threads", "report", "threads", "text"]
+    assert order[:5] == ["neighbours", "threads", "report", "threads", "text"]
 
 
 def test_the_steps_are_taken_nearest_first_and_as_the_flags_say(toy, monkeypatch):
@@ -150,36 +151,23 @@ def test_neighbours_that_would_take_the_answers_room_stay_out_of_the_prompt(toy,
     assert prompts[1] == prompts[0] and len(prompts[2]) < whole
 
 
-def test_neighbours_say_whether_they_help_in_the_prompt(toy, monkeypatch):
-    """By hand: the loss on the first, alone and after the second, and the other way round; the first stands last."""
-    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
-    answerer = ttt.Answerer(settings(toy, k=0, context=2, check=True, max_new_tokens=1, system="Be brief."))
-    prompts, losses, seen = prompts_of(answerer, monkeypatch), {}, []
-    monkeypatch.setattr(ttt, "example_loss", lambda model, example: seen.append(example) or torch.tensor(
-        losses[len(seen) - 1]))
-    first, second = (messages_of(answerer.index.records[one["id"]]) for one in ttt.Answerer(
-        settings(toy, k=2, max_new_tokens=1)).answer("What is asthma?")["neighbours"])
-    plain = ttt.prompt_ids(answerer.tokenizer, "Be brief.", "What is asthma?")
-    shown = ttt.prompt_ids(answerer.tokenizer, "Be brief.", "What is asthma?", [*second, *first])
-    for typical, changes, expected in ((2.0, (2.0, 3.0, 3.5, 2.6), shown), (2.0, (2.0, 3.0, 3.5, 2.4), plain),
-                                       (-1.0, (), shown), (2.0, (2.0, 2.0, 2.0, 2.0), plain)):
-        answerer.typical_score = typical
-        losses.clear(), seen.clear(), losses.update(enumerate(changes))
-        neighbours = answerer.answer("What is asthma?")["neighbours"]
-        assert prompts[-1] == expected and ["in_prompt" in one for one in neighbours] == [expected == shown] * 2
-        assert len(seen) == len(changes)
-    examples = []
-    for own, other in ((first, second), (second, first)):
-        untrained = [{**turn, "train": False} for turn in other]
-        system = [{"role": "system", "content": "Be brief."}]
-        examples += [training_example(answerer.tokenizer, [*system, *before, *own], 4096) for before in (untrained, [])]
-    assert seen == examples
+@pytest.mark.parametrize("applied, typical, check, expected", [
+    (True, 2.0, True, True), (False, 2.0, True, False), (False, -1.0, True, True), (False, 2.0, False, True)])
+def test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is_near(toy, applied, typical, check,
+                                                                                     expected, monkeypatch):
+    answerer = ttt.Answerer(settings(toy, k=5, context=2, check=check, max_new_tokens=1))
+    prompts, checks = prompts_of(answerer, monkeypatch), []
+    answerer.typical_score = typical
 
-
-def test_one_neighbour_cannot_say_whether_it_helps(toy):
-    answerer = ttt.Answerer(settings(toy))
-    messages = messages_of(answerer.index.records[0])
-    assert ttt.change_in_prompt(answerer.model, answerer.tokenizer, [], [messages], 99) == 0
+    @contextlib.contextmanager
+    def scripted(model, examples, **more):
+        checks.append((len(examples), more["check"]))
+        yield adapt.Report(applied=applied)
+    monkeypatch.setattr(ttt, "adapted", scripted)
+    neighbours = answerer.answer("What is asthma?")["neighbours"]
+    first, second = (messages_of(answerer.index.records[one["id"]]) for one in neighbours[:2])
+    assert prompts == [ttt.prompt_ids(answerer.tokenizer, None, "What is asthma?", [*second, *first] * expected)]
+    assert ["in_prompt" in one for one in neighbours] == [expected] * 2 + [False] * 3 and checks == [(5, check)]
 
 
 def test_a_question_is_embedded_with_the_instruction_the_index_was_built_with(toy, tmp_path, monkeypatch):
