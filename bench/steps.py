@@ -3,6 +3,7 @@
     python bench/steps.py split --data medquad_sft.jsonl --out evals/steps         MedQuAD's parts, by page
     python sft.py --stage 1 --model models/smollm2-135m-instruct --data evals/steps/sft.jsonl --batch-size 16 \\
         --lr 1e-4 --max-length 1024 --epochs 1 --save-every 0 --out evals/steps/sft
+    python bench/steps.py moments --out evals/steps                                AdamW's, for `train`
     python bench/steps.py cells --out evals/steps                                  each question with its neighbours
     python bench/steps.py run --trials grid dev --out evals/steps                  every rate; the best on 60 questions
     python bench/steps.py choose --out evals/steps                                 into protocol.json, to be committed
@@ -18,8 +19,8 @@
     contrast  d = g − mean g                over the same 32 records: content without format
     mean      one step with the mean gradient of the k neighbours
 
-Every trial is measured after each k of its list, with the question alone and with neighbours in the prompt. The grid on
-two cores takes a day, on a GPU minutes (--workers: processes on one device).
+Every trial is measured after each k of its list, with the question alone and with neighbours in the prompt. Two cores
+take a day, a GPU minutes (--workers: processes on one device).
 """
 import argparse
 import hashlib
@@ -414,8 +415,7 @@ def work(args, jobs, results):
 
 def run_trials(args):
     """Appends the rows of all trials to OUT/PHASE.jsonl, those that are not there yet, in the order of the protocol."""
-    data = json.loads((args.out / "cells.json").read_text())["cells"]
-    context = mp.get_context("spawn")
+    data, context = json.loads((args.out / "cells.json").read_text())["cells"], mp.get_context("spawn")
     queue, results = context.Queue(), context.Queue()
     workers = [context.Process(target=work, args=(args, queue, results), daemon=True) for _ in range(args.workers)]
     for worker in workers:
@@ -469,11 +469,7 @@ def choose(args):
     full, trials = PROTOCOL["questions"]["dev"], {trial["name"]: trial for trial in trials_of("dev", args.out)}
     rows = rows_of(args.out / "dev.jsonl")
     found = {key: mean for key, (mean, n) in means(rows).items() if n == full}
-    data = json.loads((args.out / "cells.json").read_text())["cells"]
-    few = {cell: {asked["row"] for asked in data[cell]["dev"][:FEW]} for cell in PROTOCOL["cells"]}  # have all methods
-    of_few = {key: mean for key, (mean, n) in means([row for row in rows if row["row"] in few[row["cell"]]]).items()
-              if n == FEW}
-    chosen, test, relative = {}, [], defaultdict(list)
+    chosen, test = {}, []
     for cell in PROTOCOL["cells"]:
         none = found[cell, "none", 0, 0]
 
@@ -485,18 +481,9 @@ def choose(args):
         chosen[cell] = {"none": none, **{role: {"trial": key[1], "k": key[2], "context": key[3], "dev": found[key]}
                                          for role, key in (("step", steps), ("step+context", both),
                                                            ("context", context))}}
-        methods = {trial["method"] for trial in trials.values()} - {"none"}
-        for method in methods:
-            mine = [of_few[key] / of_few[cell, "none", 0, 0] for key in of_few if key[0] == cell and key[3] == 0 and
-                    key[2] and trials[key[1]]["method"] == method and "random" not in key[1]]
-            relative[method].append(min(mine) if mine else float("inf"))
-    recipe = min((method for method in relative if len(relative[method]) == 4), key=lambda one: np.mean(relative[one]))
-    chosen["recipe"] = {"method": recipe, "relative": {one: float(np.mean(all_)) for one, all_ in relative.items()}}
     for cell in PROTOCOL["cells"]:
         one, n = chosen[cell], chosen[cell]["context"]["context"]
         order = {"context order": trials[one["context"]["trial"]].get("context order", "last")}
-        own = min((key for key in of_few if key[0] == cell and key[3] == 0 and key[2] and "random" not in key[1] and
-                   trials[key[1]]["method"] == recipe), key=of_few.get)
         contexts = sorted({n, one["step+context"]["context"]})
 
         def add(trial, label, cell=cell, order=order, contexts=contexts, **changes):
@@ -512,8 +499,6 @@ def choose(args):
                          "records": records, "cells": [cell], **order})
         if both["trial"] != step["trial"]:
             add(both["trial"], "nearest", k=[both["k"]], seeds=[0, 1, 2])
-        if own[1] not in (step["trial"], both["trial"]):
-            add(own[1], "nearest", k=[own[2]])
         if cell.endswith("other"):
             model = cell.split("-")[0]
             for records, others in (("nearest", ("traces", "shuffled", "python")), ("random", ("traces",))):
@@ -569,7 +554,7 @@ def table(args):
         none = next(found for key, found in values.items() if key[0] == cell and key[2:] == (0, 0))
         mean = np.mean([np.mean(found) for found in none.values()])
         print(f"\n{cell}: {mean:.4f} bits per byte as it is\n\n"
-              "| trial | neighbours | in the prompt | change (95 %) | questions | worse by 1 % |\n|---|---|---|---|---|---|")
+              "| trial | neighbours | in the prompt | % (95 %) | questions | worse by 1 % |\n|---|---|---|---|---|---|")
         lines = []
         for (of, trial, k, context), found in values.items():
             if of != cell or not (k or context):
