@@ -118,7 +118,7 @@ def prompts_of(answerer, monkeypatch):
 def test_neighbours_in_the_prompt_stand_as_those_of_the_context_arm(toy, monkeypatch):
     """The nearest last, beside the question; other ones are trained on, and with --k 0 none."""
     monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
-    answerer, trained, adapted = ttt.Answerer(settings(toy, k=0, context=2, max_new_tokens=1)), [], ttt.adapted
+    answerer, trained, adapted = ttt.Answerer(settings(toy, k=0, context=3, max_new_tokens=1)), [], ttt.adapted
     prompts = prompts_of(answerer, monkeypatch)
     monkeypatch.setattr(ttt, "adapted", lambda model, examples, **more: trained.append(len(examples)) or adapted(
         model, examples, **more))
@@ -129,9 +129,9 @@ def test_neighbours_in_the_prompt_stand_as_those_of_the_context_arm(toy, monkeyp
     run = arms.Evaluation(flags, None, answerer.tokenizer, 4096, [], set())
     question = Question(1, "", "What is asthma?", {}, None, "", "", None, None)
     wanted = [(0, 0, messages, False) for messages in records]
-    assert prompts == [arms.prompt_of(run, question, wanted[:2][::-1])]
-    assert [neighbour["in_prompt"] for neighbour in result["neighbours"]] == [True, True]
-    assert not result["ttt"]["applied"] and result["ttt"]["reason"] == "switched off" and result["ttt"]["context"] == 2
+    assert prompts == [arms.prompt_of(run, question, wanted[::-1])]
+    assert [neighbour["in_prompt"] for neighbour in result["neighbours"]] == [True, True, True]
+    assert not result["ttt"]["applied"] and result["ttt"]["reason"] == "switched off" and result["ttt"]["context"] == 3
     answerer.settings |= {"k": 3, "context": 1, "system": "Be brief."}
     history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
     result = answerer.answer("What is asthma?", history)
