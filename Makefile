@@ -17,7 +17,7 @@ $(VENV)/%.done: pyproject.toml constraints.txt
 QUESTION = My mother, 71, has had a painful swollen calf since her knee operation ten days ago and is now short of \
 	breath. What could this be, and what should be done first?
 
-# The first answer: fetch two small models, index the traces, adapt to the nearest four, answer, restore.
+# The first answer: fetch two small models, index the traces, adapt to the nearest, answer, restore.
 demo: index/traces/manifest.json
 	$(BIN)/python ttt.py --model models/smollm2-135m-instruct --max-new-tokens 256 --question "$(QUESTION)"
 	@echo

@@ -3,6 +3,7 @@
     nearest:k=2            train on [r1, r2]      prompt: question
     context:k=2            no training            prompt: r2 as a turn, r1 as a turn, question
     nearest+context:k=2    train on [r1, r2]      prompt: r2 as a turn, r1 as a turn, question
+    ttt                    as ttt.py does by default: both, where the records themselves show that it helps
 
 r1, r2, … are the question's records, nearest first (or drawn at random): not masked by leaks.py, and cut to the same
 tokens for all arms. A record that does not fit the window is left out of every arm.
@@ -23,7 +24,9 @@ from rows import messages_of
 
 ARMS = {  # what is trained on, what stands in the prompt
     "none": (None, None), "nearest": ("nearest", None), "random": ("random", None), "context": (None, "nearest"),
-    "random-context": (None, "random"), "nearest+context": ("nearest", "nearest")}
+    "random-context": (None, "random"), "nearest+context": ("nearest", "nearest"), "ttt": ("nearest", "nearest"),
+    "random-ttt": ("random", "random")}
+TTT = {"k": 10, "context_k": 4, "lr": 6e-5}  # ttt.py's defaults; a test compares them
 
 
 @dataclass(frozen=True)
@@ -38,23 +41,28 @@ class Arm:
     steps: int = 1
     optimizer: str = "signsgd"
     order: str | None = None
+    context_k: int | None = None  # records in the prompt, by default k
+    check: bool = False  # as ttt.py without --always
 
     def trained(self, records):
         return records[:self.k][::-1] if self.order == "last" else records[:self.k]
 
     def in_prompt(self, records):
-        return records[:self.k] if self.order == "first" else records[:self.k][::-1]
+        shown = records[:self.context_k or self.k]
+        return shown if self.order == "first" else shown[::-1]
 
 
 def arm_of(text):
-    """An argparse type: "nearest" or "nearest:k=10,lr=1e-4,steps=2,optimizer=sgd,order=last" as an Arm."""
+    """An argparse type: "nearest" or "nearest:k=10,lr=1e-4,steps=2,optimizer=sgd,order=last" as an Arm. `context` is
+    the number of records in the prompt, where they are not those that are trained on."""
     kind, _, settings = text.partition(":")
-    readers = {"k": whole(1), "lr": number(0), "steps": whole(1), "optimizer": one_of("signsgd", "adam", "sgd"),
-               "order": one_of("first", "last")}
+    readers = {"k": whole(1), "context": whole(1), "lr": number(0), "steps": whole(1),
+               "optimizer": one_of("signsgd", "adam", "sgd"), "order": one_of("first", "last")}
     if kind not in ARMS:
         raise argparse.ArgumentTypeError(f"found {kind!r}, expected one of {', '.join(ARMS)}")
     train, context = ARMS[kind]
-    known = [*(["k", "order"] if train or context else []), *(["lr", "steps", "optimizer"] if train else [])]
+    known = [*(["k", "order"] if train or context else []), *(["lr", "steps", "optimizer"] if train else []),
+             *(["context"] if train and context else [])]
     values = {}
     for setting in settings.split(",") if settings else ():
         name, equals, value = setting.partition("=")
@@ -62,7 +70,9 @@ def arm_of(text):
             raise argparse.ArgumentTypeError(f"found {setting!r} in {text!r}, expected each of "
                                              f"{', '.join(known) or 'no settings'} at most once, as in k=4")
         values[name] = readers[name](value)
-    return Arm(text, train, context, **values)
+    if "context" in values:
+        values["context_k"] = values.pop("context")
+    return Arm(text, train, context, **(TTT | {"check": True} if kind.endswith("ttt") else {}) | values)
 
 
 def one_of(*names):
@@ -87,6 +97,7 @@ class Evaluation:
     model: object = None
     index: object = None
     encoder: object = None
+    typical_score: float = float("inf")  # of the index, see Index.typical_score
 
     @property
     def room(self):

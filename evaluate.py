@@ -4,6 +4,7 @@
     nearest, random            after test-time training on the k nearest records of the question, or on k random ones
     context, random-context    the same records as earlier turns of the conversation
     nearest+context            both
+    ttt, random-ttt            both, as ttt.py does by default: where the records themselves show that it helps
 
 What is new in a question's neighbours shows in nearest − random; whether training on them pays, in nearest − context.
 
@@ -36,6 +37,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from adapt import adapted
 from arms import Evaluation, arm_of, ending, example_of, messages_before, prompt_of, records_of_kinds
 from benchmarks import (
     SHAPES,
@@ -80,7 +82,7 @@ from report import (
     with_holm,
 )
 from retrieve import Index
-from ttt import adapted, default_model, open_tokenizer, system_message
+from ttt import default_model, open_tokenizer, system_message
 from weights import DTYPES, stop_ids_of, weights_sha256
 
 # ----- measures ------------------------------------------------------------------------------------------------------
@@ -178,7 +180,9 @@ def measured(run, questions, arms):
                 examples = [example_of(run, messages, was_cut)
                             for _, _, messages, was_cut in arm.trained(records[question.number, arm.train])]
                 with adapted(run.model, examples, steps=arm.steps, lr=arm.lr, optimizer=arm.optimizer,
-                             seed=run.args.seed, loss_after=False) as report:
+                             seed=run.args.seed, loss_after=False, check=arm.check) as report:
+                    if arm.check and not (report.applied or near_enough(run, records[question.number, arm.context])):
+                        prompt = prompt_of(run, question)  # as ttt.py does
                     found += measure(run, [(question, prompt)])
                 found[-1] |= {"applied": report.applied} | ({"reason": report.reason} if report.reason else {})
         timings.append({"arm": arm.name, "questions": len(questions), "seconds": round(time.perf_counter() - start, 4),
@@ -192,6 +196,11 @@ def measured(run, questions, arms):
                 **({"neighbours": [{"id": i, "score": score} for i, score, _, _ in used],
                     **notes[question.number, kind]} if kind else {})}
     return rows, timings
+
+
+def near_enough(run, records):
+    """Whether the nearest record is nearer than half of the index's records are to theirs."""
+    return max((score for _, score, _, _ in records), default=-math.inf) >= run.typical_score
 
 
 def begin_peak(device):
@@ -269,6 +278,7 @@ def load(run):
     if any(arm.train or arm.context for arm in args.arms):
         run.index = Index.load(args.index)
         run.encoder = run.index.load_encoder(args.encoder, run.world.device)
+        run.typical_score = run.index.typical_score()
     run.model = load_model(args.model, run.world.device, DTYPES[args.dtype])
 
 

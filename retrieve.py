@@ -95,6 +95,14 @@ class Index:
             raise InputError(f"search: vectors {np.shape(vectors)}, k {k}; expected (Q, {width}), k from 1")
         return self.faiss.search(np.ascontiguousarray(vectors, dtype=np.float32), min(k, len(self.records)))
 
+    def typical_score(self, sample=1000):
+        """The median score of a record's nearest other record, over every n-th of at most `sample`; inf for one record.
+        A question that scores higher lies where the index is dense."""
+        ids = np.arange(0, len(self.records), -(-len(self.records) // sample))
+        scores, found = self.search(self.vectors[ids], 2)
+        others = np.where(found == ids[:, None], -np.inf, scores).max(1)  # equal records: the other may come first
+        return float(np.median(others)) if len(self.records) > 1 else np.inf
+
     def save(self, directory):
         """Writes vectors.safetensors, records.jsonl and manifest.json aside, then renames: the old index or the new."""
         refuse_to_replace(directory)

@@ -3,35 +3,30 @@
     for each of the k neighbours of the question, nearest first:
         g = gradient of the mean cross-entropy on the supervised part of the trace
         w = stochastic_round(w - lr * g / (|g| + eps))        a fresh Adam's first step: m = g, v = g^2
-    answer with w, then put back the original w, bit for bit
+    answer with w, the nearest also in the prompt, then put back the original w, bit for bit
 
 Source: FineMedLM-o1 (arXiv 2501.09213, section on test-time training: one step of Adam at 1e-5 on one neighbour, which
-`--recipe paper` does). The default takes k = 4 neighbours once each. Without stochastic rounding 3 % of such a step
-would be left (rounding.py).
+`--recipe paper` does). adapt.py has the steps and the way back.
 
-Memory: 2 bytes a parameter on the device (the bf16 weights), the gradient of the layer at hand (each is used and freed
-as soon as it is complete; that of a tied embedding and head once both ends have added to it), the activations of one
-trace, and 2 bytes a parameter for the snapshot, in host memory, or on a GPU with room for two copies. `--optimizer
-adam` keeps two fp32 moments across the neighbours: 8 bytes a parameter more. An 8B model and a trace of 2,048 tokens
-peak at 18.4 GB (bench/gpu.py): a 24 GB card will do.
+The default, found on held-out questions (bench/README.md): k = 10, lr = 6e-5, four neighbours in the prompt, and the
+neighbours say whether that helps. Steps go on where three of them lower the loss on the next three, which are not yet
+trained on; else they are undone, as nearly always after SFT. In the prompt neighbours stand where the steps are kept,
+because such a model does not know the form of an answer yet, or where the nearest is nearer than half of the index's
+records are to theirs, because it may hold the answer.
 
     python ttt.py --question "…"                                    one question
     python ttt.py --questions FILE.jsonl --out ANSWERS.jsonl        many; run again to go on where it stopped
     python ttt.py --chat                                            interactive
 """
 import argparse
-import contextlib
 import json
 import sys
-import threading
 import time
-import weakref
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from adapt import adapted
 from chat import check_vocabulary, render_chat
 from data import training_example
 from fast import Threads, reuse_freed_memory
@@ -54,189 +49,11 @@ from generate import generate
 from model import LlamaConfig, load_model
 from parallel import pick_device
 from retrieve import Index
-from rounding import slices, stochastic_rounder
 from rows import lone_question, messages_of, question_of, shorten
-from snapshot import Snapshot, place_for_snapshot, put_back, remove_hooks
 from tokenizer import Tokenizer, check_unicode, notice_of, stream_text
 from weights import DTYPES, stop_ids_of, weights_sha256
 
 MAX_TRACE_TOKENS = 6144  # upstream's maximum length in training; a longer trace is cut at its end
-
-# ----- the update ----------------------------------------------------------------------------------------------------
-
-
-def make_update(optimizer, lr, generator, eps=1e-8, betas=(0.9, 0.999)):
-    """A function `update(weight, grad)` that takes one step in place, in fp32; returns whether all of it is finite.
-
-    "signsgd"   w - lr g / (|g| + eps)                 the first step of a fresh Adam; needs no state
-    "adam"      w - lr m' / (sqrt(v') + eps)           arXiv 1412.6980; moments kept from call to call for each weight,
-                                                       no decay. Its first step is signsgd's
-    "sgd"       w - lr g
-    bf16 weights are written back by stochastic rounding, fp32 weights as they are.
-    """
-    moments = {}  # weight: [step, first moment, second moment]
-    round_ = stochastic_rounder(generator, generator.device)
-
-    def update(weight, grad):
-        tensors = [weight, grad.contiguous()]
-        if optimizer == "adam":
-            if weight not in moments:
-                moments[weight] = [0, *(torch.zeros_like(weight, dtype=torch.float32) for _ in betas)]
-            state = moments[weight]
-            state[0] += 1
-            tensors += state[1:]
-        finite = torch.ones((), dtype=torch.bool, device=weight.device)
-        for w, g, *moment in zip(*map(slices, tensors)):
-            exact, g = w.float(), g.float()  # of fp32 `exact` is w itself
-            if optimizer == "signsgd":
-                exact.addcdiv_(g, g.abs().add_(eps), value=-lr)
-            elif optimizer == "sgd":
-                exact.sub_(g, alpha=lr)
-            else:
-                t, (m, v) = state[0], moment
-                m.lerp_(g, 1 - betas[0])
-                v.lerp_(g * g, 1 - betas[1])
-                exact.addcdiv_(m, (v / (1 - betas[1] ** t)).sqrt_().add_(eps), value=-lr / (1 - betas[0] ** t))
-            finite &= exact.sum().isfinite()
-            if w.dtype == torch.bfloat16:
-                round_(w, exact)
-        return finite
-    return update
-
-
-class NotFinite(Exception):
-    """A loss, gradient or step of the adaptation is NaN or infinite."""
-
-
-def example_loss(model, example):
-    """Mean cross-entropy of (ids, labels) over its supervised tokens, an fp32 scalar; labels as training_example's."""
-    spare = -len(example[0]) % 8  # see data.collate
-    ids, labels = (torch.tensor([[*row, *[empty] * spare]], device=model.norm.weight.device)
-                   for row, empty in zip(example, (0, -100)))
-    return -model(ids, labels=labels).sum() / (labels != -100).sum()
-
-
-def take_steps(model, examples, update, steps, hooks=None):
-    """`steps` updates on each example in turn; a gradient is used and dropped as soon as it is complete.
-
-    Returns the loss on the first example before any step. NotFinite when a loss, gradient or step is not finite.
-    `hooks`: a list for the hooks on gradients, so that a caller can remove those that an interrupt left behind.
-    """
-    hooks = [] if hooks is None else hooks
-    first_loss, all_finite = None, torch.ones((), dtype=torch.bool, device=model.norm.weight.device)
-
-    @torch.no_grad()
-    def on_gradient(weight):
-        nonlocal all_finite
-        if hooks and weight.grad is not None:  # no hooks: an interrupt came between this one and its place in the list
-            grad, weight.grad = weight.grad, None
-            all_finite &= update(weight, grad)
-    bar = tqdm(total=len(examples) * steps, desc="adapting", unit="step", delay=2, leave=False, disable=None,
-               file=sys.stderr)
-    head, buffer = model.head.weight, None
-    if head is model.embed.weight and head.device.type == "cpu":
-        buffer = torch.zeros_like(head)  # one gradient of this size, not three
-    try:
-        model.embed_grad = model.head_grad = buffer
-        for weight in model.parameters():
-            hooks.append(weight.register_post_accumulate_grad_hook(on_gradient))
-        for example in examples:
-            for _ in range(steps):
-                with torch.enable_grad():
-                    loss = example_loss(model, example)
-                    value = loss.item()
-                    if value - value != 0:
-                        raise NotFinite(f"the loss on the neighbour is {value}")
-                    loss.backward()
-                if buffer is not None:
-                    with torch.no_grad():
-                        all_finite &= update(head, buffer)
-                        buffer.zero_()
-                first_loss = value if first_loss is None else first_loss
-                if not all_finite:
-                    raise NotFinite("a gradient or step on the neighbour is not finite")
-                bar.update()
-    finally:
-        remove_hooks(hooks)
-        model.embed_grad = model.head_grad = None
-        bar.close()
-    return first_loss
-
-# ----- adapt, and put back -------------------------------------------------------------------------------------------
-
-LOCKS = weakref.WeakKeyDictionary()  # model: the lock that keeps two questions apart
-
-
-@dataclass
-class Report:
-    """The outcome of `adapted`: whether a step was applied and, if not, why; the loss on the nearest example before and
-    after; seconds."""
-    applied: bool = False
-    reason: str | None = None
-    loss_before: float | None = None
-    loss_after: float | None = None
-    adapt_s: float = 0.0
-    restore_s: float = 0.0
-    restored: bool = False
-
-
-@contextlib.contextmanager
-def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, activation_checkpointing=None,
-            snapshot_device=None, loss_after=True):
-    """Context manager: inside it the model has taken its steps on `examples`, after it the model is as it was before.
-
-    examples: [(ids, labels), …] as `data.training_example` makes them, nearest first. Yields a Report. Whatever leaves
-    the block, an exception or a signal turned into one: every parameter and buffer is restored bit for bit (compared by
-    digest), as are train/eval mode, requires_grad and the random state; gradients are gone. A model that could not be
-    restored refuses to run again. One question at a time: another thread waits. Without examples, or when a loss,
-    gradient or step is not finite, the block runs with the weights as they were and the report says why. `loss_after`
-    False saves the forward pass that measures the gain, and with it the check that this loss is finite.
-    The activations of a model of more than a billion parameters are computed again in backward, unless told otherwise.
-    `snapshot_device` is where the original weights wait: by default as `place_for_snapshot` says.
-    """
-    report, recompute = Report(), activation_checkpointing
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if recompute is None:
-        recompute = parameters > 1e9
-    with LOCKS.setdefault(model, threading.RLock()):
-        if model.unusable:
-            raise RuntimeError(model.unusable)
-        start = time.perf_counter()
-        examples = [example for example in examples if any(label != -100 for label in example[1])]
-        if not examples:
-            report.reason, report.restored = "no neighbour to learn from", True
-            yield report
-            return
-        snapshot = Snapshot(model, snapshot_device or place_for_snapshot(
-            model, bytes_beside=8 * parameters if optimizer == "adam" else 0))
-        try:
-            try:
-                generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
-                model.requires_grad_(True)
-                for layer in model.layers:
-                    layer.checkpointing = recompute
-                try:
-                    report.loss_before = take_steps(
-                        model, examples, snapshot.before(make_update(optimizer, lr, generator)), steps,
-                        snapshot.hooks)  # moments end with it
-                    if loss_after:
-                        with torch.no_grad():
-                            report.loss_after = example_loss(model, examples[0]).item()
-                        if report.loss_after - report.loss_after != 0:
-                            raise NotFinite(f"the loss on the neighbour after the step is {report.loss_after}")
-                    report.applied = True
-                except NotFinite as error:
-                    report.reason = str(error)
-                    snapshot.restore()
-                snapshot.keep_all()  # what the block itself changes is put back as well
-                report.adapt_s = time.perf_counter() - start
-                yield report
-            finally:
-                start = time.perf_counter()
-                put_back(snapshot, report)
-                report.restore_s = time.perf_counter() - start
-        finally:  # a signal may strike in the first instruction of the `finally` above
-            put_back(snapshot, report)
 
 # ----- a question ----------------------------------------------------------------------------------------------------
 
@@ -253,6 +70,7 @@ class Answerer:
         if settings["ttt"]:
             self.index = Index.load(settings["index"])
             self.encoder = self.index.load_encoder(settings["encoder"], device)
+            self.typical_score = self.index.typical_score()
         self.tokenizer, _ = open_tokenizer(settings["model"])
         self.stop_ids = stop_ids_of(settings["model"]) | {self.tokenizer.end_of_turn()}
         self.model = load_model(settings["model"], device, DTYPES[settings["dtype"]])  # last: it may take minutes
@@ -274,6 +92,18 @@ class Answerer:
         if all(label == -100 for label in labels):
             raise InputError(f"its first {longest:,} tokens hold nothing of the answer")
         return ids, labels
+
+    def with_neighbours(self, ids, question, history, neighbours):
+        """(the prompt with the nearest neighbours as its first turns, the nearest last, beside the question; these
+        neighbours). Those that would take the answer's room are left out, the farthest first."""
+        turns, shown, room = [], [], min(self.settings["max_new_tokens"], self.context // 2)
+        for neighbour in [one for one in neighbours if "skipped" not in one][:self.settings["context"]]:
+            messages = [one for one in messages_of(self.index.records[neighbour["id"]]) if one["role"] != "system"]
+            longer = prompt_ids(self.tokenizer, self.settings["system"], question, [*messages, *turns, *history])
+            if len(longer) + room > self.context:
+                break
+            ids, turns, shown = longer, [*messages, *turns], [*shown, neighbour]
+        return ids, shown
 
     def fitting(self, question, history):
         """`history` without the oldest turns that leave too little room for an answer to `question`; says so.
@@ -297,9 +127,9 @@ class Answerer:
         s, start = self.settings, time.perf_counter()
         ids = prompt_ids(self.tokenizer, s["system"], question, history)
         check_length(ids, self.context)
-        system, neighbours, examples = system_message(s["system"]), [], []
+        system, neighbours, examples, longer, shown = system_message(s["system"]), [], [], ids, []
         if s["ttt"]:
-            scores, found = self.index.search(self.encoder.encode([question], is_query=True), s["k"])
+            scores, found = self.index.search(self.encoder.encode([question], is_query=True), max(s["k"], s["context"]))
             for score, i in zip(scores[0].tolist(), found[0].tolist()):
                 if i >= 0:  # a FAISS index other than Flat fills up with -1
                     neighbours.append({"id": i, "score": round(score, 4), "instruction":
@@ -308,6 +138,8 @@ class Answerer:
                         examples.append(self.example(i, system))
                     except InputError as error:
                         neighbours[-1]["skipped"] = str(error)
+            longer, shown = self.with_neighbours(ids, question, history, neighbours)
+            examples = examples[:s["k"]]
         if self.tokenizer.read_as_text and not self.noticed:
             print(notice_of(self.tokenizer.read_as_text), file=sys.stderr)
             self.noticed = True
@@ -316,9 +148,13 @@ class Answerer:
             on_neighbours(neighbours)
         self.threads.leave_busy_cores()
         with adapted(self.model, examples, steps=s["steps"], lr=s["lr"], optimizer=s["optimizer"],
-                     seed=s["seed"]) as report:
-            if not s["ttt"]:
+                     seed=s["seed"], check=s["check"]) as report:
+            if not s["ttt"] or not s["k"]:
                 report.reason = "switched off"
+            if shown and (not s["check"] or report.applied or shown[0]["score"] >= self.typical_score):
+                ids = longer
+                for neighbour in shown:
+                    neighbour["in_prompt"] = True
             if on_adapted:
                 on_adapted(report)
             self.threads.leave_busy_cores()
@@ -339,8 +175,9 @@ class Answerer:
         return {
             "question": question, "answer": text, "thought": thought, "summary": summary,
             "finish_reason": "stop" if new_ids[-1] in self.stop_ids else "length", "neighbours": neighbours,
-            "ttt": {"applied": report.applied, "reason": report.reason, "k": s["k"], "steps": s["steps"], "lr": s["lr"],
-                    "optimizer": s["optimizer"], "loss_before": report.loss_before, "loss_after": report.loss_after},
+            "ttt": {"applied": report.applied, "reason": report.reason, "k": s["k"], "context": s["context"],
+                    "steps": s["steps"], "lr": s["lr"], "optimizer": s["optimizer"],
+                    "loss_before": report.loss_before, "loss_after": report.loss_after},
             "restored": report.restored,
             "timings": {"load_s": round(self.load_s, 3), "retrieve_s": round(retrieve_s, 3),
                         "adapt_s": round(report.adapt_s, 3), "generate_s": round(generate_s, 3),
@@ -410,14 +247,20 @@ def parse_args(argv=None):
     parser.add_argument("--model", metavar="DIR", help="default: the furthest trained model in runs/, else the demo's")
     parser.add_argument("--index", metavar="DIR", default="index/traces", help="a retrieval index made by retrieve.py")
     parser.add_argument("--encoder", metavar="DIR", help="default: the one the index was built with")
-    parser.add_argument("--k", type=whole(1), default=4,
-                        help="neighbours, nearest first (paper: 1; measured: 4 lower the loss four times as much)")
+    parser.add_argument("--k", type=whole(0), default=10,
+                        help="neighbours that are trained on, nearest first (paper: 1)")
+    parser.add_argument("--context", type=whole(0), default=4,
+                        help="so many of the nearest also stand in the prompt, as earlier turns (paper: 0); with --k 0 "
+                        "they only stand there")
     parser.add_argument("--steps", type=whole(1), default=1, help="gradient steps on each neighbour (paper: 1)")
-    parser.add_argument("--lr", type=number(0), default=1e-5, help="learning rate of these steps (paper: 1e-5)")
+    parser.add_argument("--lr", type=number(0), default=6e-5, help="learning rate of these steps (paper: 1e-5)")
     parser.add_argument("--optimizer", choices=("signsgd", "adam", "sgd"), default="signsgd",
                         help="signsgd: g / (|g| + eps), the first step of a fresh Adam; adam: its moments kept from "
                         "step to step; with --k 1 --steps 1 the two are one (paper: adam)")
-    parser.add_argument("--recipe", choices=("paper",), help="paper: --k 1 --steps 1 --lr 1e-5 --optimizer adam")
+    parser.add_argument("--always", action="store_true",
+                        help="neighbours are trained on and shown without a look at whether that helps")
+    parser.add_argument("--recipe", choices=("paper",), help="paper: --k 1 --context 0 --steps 1 --lr 1e-5 "
+                        "--optimizer adam")
     parser.add_argument("--no-ttt", action="store_true", help="answer without test-time training")
     parser.add_argument("--max-new-tokens", type=whole(1), default=2048, help="longest answer (paper: 2048)")
     parser.add_argument("--temperature", type=number(0), default=0.7, help="0 is greedy (paper: 0.7)")
@@ -429,7 +272,7 @@ def parse_args(argv=None):
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
     if args.recipe == "paper":
-        paper = {"k": 1, "steps": 1, "lr": 1e-5, "optimizer": "adam"}
+        paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam"}
         for name, value in paper.items():
             if getattr(args, name) not in (value, parser.get_default(name)):
                 parser.error(f"--recipe paper and --{name} {getattr(args, name)}: expected one of them")
@@ -438,6 +281,8 @@ def parse_args(argv=None):
         parser.error("--questions and --out go together: one file to read, one to write")
     if args.out and args.out.endswith(".gz"):
         parser.error(f"--out {args.out}: found a name of a packed file, expected one like answers.jsonl")
+    if not args.no_ttt and args.k == args.context == 0:
+        parser.error("--k 0 and --context 0: found no use for a neighbour; expected one of them above 0, or --no-ttt")
     if hasattr(args, "question") and not args.question.strip():
         parser.error("--question: found an empty question, expected text")
     return args
@@ -446,10 +291,10 @@ def parse_args(argv=None):
 def settings_of(args):
     """The settings of `Answerer` as a dict, from the command line."""
     return {"model": args.model or default_model(), "ttt": not args.no_ttt, "index": args.index,
-            "encoder": args.encoder, "k": args.k, "steps": args.steps, "lr": args.lr, "optimizer": args.optimizer,
-            "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
-            "seed": args.seed, "system": read_text(args.system, f"--system {args.system}") if args.system else None,
-            "dtype": args.dtype}
+            "encoder": args.encoder, "k": args.k, "context": args.context, "steps": args.steps, "lr": args.lr,
+            "check": not args.always, "optimizer": args.optimizer, "max_new_tokens": args.max_new_tokens,
+            "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed, "dtype": args.dtype,
+            "system": read_text(args.system, f"--system {args.system}") if args.system else None}
 
 
 def main(argv=None):

@@ -127,7 +127,7 @@ def evaluate_ours(folder, texts=16, prompt=400):
 
 
 def ttt_ours(folder, snapshot_device, limit_gb=None):
-    from ttt import adapted
+    from adapt import adapted
     reuse_freed_memory()
     if limit_gb:
         torch.cuda.set_per_process_memory_fraction(limit_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)

@@ -171,10 +171,10 @@ def task_of(loss_after):
 
 
 def ttt_ours(loss_after=False, **settings):
+    from adapt import adapted
     from fast import reuse_freed_memory
     from generate import generate
     from model import load_model
-    from ttt import adapted
     reuse_freed_memory()
     model, ids, example = load_model(SMOLLM2), prompt_ids(), trace()
     n_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -27,6 +27,8 @@ ADAPTED = 'with adapted(self.model, {}, steps=s["steps"], lr={}, optimizer=s["op
 ADAMW = "test_train.py::test_a_run_is_plain_adamw_with_clip_warm_up_and_cosine"
 FLAGS = "test_sft.py::test_the_flags_reach_the_optimizer_and_the_schedule"
 FLUSHED = "test_files.py::test_all_of_it_is_flushed_before_the_rename_and_the_rename_after"
+SHOWN = 'if shown and (not s["check"] or report.applied or shown[0]["score"] {} self.typical_score):'
+NEAR = "test_ttt.py::test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is_near"
 TTT_FLAGS = "test_ttt.py::test_the_steps_are_taken_nearest_first_and_as_the_flags_say"
 SCRAPS = "test_files.py::test_scraps_of_the_killed_are_cleared_whatever_their_name_and_those_of_the_living_stay"
 LOCKLESS = "test_files.py::test_without_locks_scraps_stay_and_writing_goes_on"
@@ -117,17 +119,36 @@ MUTANTS = {
          "test_ttt.py::test_a_neighbour_without_an_answer_is_passed_over"),
         (ADAPTED.format("examples", 's["lr"]'), ADAPTED.format("examples[::-1]", 's["lr"]'), TTT_FLAGS),
         (ADAPTED.format("examples", 's["lr"]'), ADAPTED.format("examples", "1e-5"), TTT_FLAGS),
-        ('"encoder": args.encoder, "k": args.k, "steps": args.steps, "lr": args.lr, "optimizer": args.optimizer,',
-         '"encoder": args.encoder, "k": args.k, "steps": args.steps, "lr": 1e-5, "optimizer": args.optimizer,',
-         TTT_FLAGS),
-        ('scores, found = self.index.search(self.encoder.encode([question], is_query=True), s["k"])',
-         'scores, found = self.index.search(self.encoder.encode([question]), s["k"])',
-         "test_ttt.py::test_a_question_is_embedded_with_the_instruction_the_index_was_built_with"),
+        ('"encoder": args.encoder, "k": args.k, "context": args.context, "steps": args.steps, "lr": args.lr,',
+         '"encoder": args.encoder, "k": args.k, "context": args.context, "steps": args.steps, "lr": 1e-5,', TTT_FLAGS),
+        ("ids, turns, shown = longer, [*messages, *turns], [*shown, neighbour]",
+         "ids, turns, shown = longer, [*turns, *messages], [*shown, neighbour]",
+         "test_ttt.py::test_neighbours_in_the_prompt_stand_as_those_of_the_context_arm"),
+        ("longer = prompt_ids(self.tokenizer, self.settings[\"system\"], question, [*messages, *turns, *history])",
+         "longer = prompt_ids(self.tokenizer, self.settings[\"system\"], question, [*turns, *messages, *history])",
+         "test_ttt.py::test_neighbours_in_the_prompt_stand_as_those_of_the_context_arm"),
+        ("if len(longer) + room > self.context:", "if len(longer) > self.context:",
+         "test_ttt.py::test_neighbours_that_would_take_the_answers_room_stay_out_of_the_prompt"),
+        (SHOWN.format(">="), SHOWN.format("<"), NEAR),
+        (SHOWN.format(">="), SHOWN.format(">=").replace("report.applied", "False"), NEAR),
+        ("examples = examples[:s[\"k\"]]", "pass",
+         "test_ttt.py::test_neighbours_in_the_prompt_stand_as_those_of_the_context_arm"),
+        ('scores, found = self.index.search(self.encoder.encode([question], is_query=True), max(s["k"], s["context"]))',
+         'scores, found = self.index.search(self.encoder.encode([question]), max(s["k"], s["context"]))',
+         "test_ttt.py::test_a_question_is_embedded_with_the_instruction_the_index_was_built_with")],
+    "adapt.py": [
+        ("change += (value - alone[i - 1]) / len(alone)", "change += (value - alone[0]) / len(alone)",
+         "test_adapt.py::test_the_check_by_hand"),
+        ("if i == len(alone) and not change <= -FALL:", "if i == len(alone) and change > FALL:",
+         "test_adapt.py::test_the_check_by_hand"),
+        ("if step == 0 < i <= len(alone):", "if 0 < i <= len(alone):", "test_adapt.py::test_the_check_by_hand"),
+        ("except (NotFinite, NoHelp) as error:", "except NotFinite as error:",
+         "test_adapt.py::test_steps_that_do_not_help_are_undone_before_the_answer"),
         ("all_finite &= update(weight, grad)", "update(weight, grad)",
-         "test_ttt.py::test_a_number_that_is_not_finite_gives_the_models_own_answer_and_the_reason"),
-        ("buffer.zero_()", "pass", "test_ttt.py::test_fp32_steps_equal_torch_optimizers"),
+         "test_adapt.py::test_a_number_that_is_not_finite_gives_the_models_own_answer_and_the_reason"),
+        ("buffer.zero_()", "pass", "test_adapt.py::test_fp32_steps_equal_torch_optimizers"),
         ("m.lerp_(g, 1 - betas[0])", "m.lerp_(g, betas[0])",
-         "test_ttt.py::test_the_second_step_of_adam_worked_out_by_hand")],
+         "test_adapt.py::test_the_second_step_of_adam_worked_out_by_hand")],
     "leaks.py": [
         ("for end in range(len(text), BLOCK - 1, -BLOCK):  # from the end: many questions begin alike",
          "for end in range(len(text), BLOCK, -BLOCK):",
@@ -137,6 +158,9 @@ MUTANTS = {
          'gains[row["arm"]].append((nearest, row[key] - before[row["number"]]))',
          "test_plot.py::test_gain_is_drawn_against_the_nearest_score_arm_by_arm")],
     "evaluate.py": [
+        ("if arm.check and not (report.applied or near_enough(run, records[question.number, arm.context])):",
+         "if arm.check and not report.applied:",
+         "test_evaluate.py::test_the_arm_of_the_program_has_records_in_the_prompt_where_its_steps_help_or_one_is_near"),
         ("return texts, [answer_ids(run.tokenizer, before, text, start)[:-ending(run.tokenizer)] for text in texts]",
          "return texts, [answer_ids(run.tokenizer, before, text, start)[:-1] for text in texts]",
          "test_evaluate.py::test_the_tokens_that_are_scored_are_the_text_s_alone"),
@@ -177,6 +201,8 @@ MUTANTS = {
          'return np.array([y["bpb"] / x["bpb"] - 1 for x, y in zip(one, other)])',
          "test_report.py::test_means_and_differences_by_hand")],
     "retrieve.py": [
+        ("others = np.where(found == ids[:, None], -np.inf, scores).max(1)  # equal records: the other may come first",
+         "others = scores[:, 1]", "test_retrieve.py::test_the_typical_score_is_the_median_of_the_nearest_others"),
         ("hold(args.out)", "pass", "test_retrieve.py::test_two_builds_do_not_write_one_index"),
         ("scores, ids = index.search(encoder.encode([args.query], is_query=True), args.k)",
          "scores, ids = index.search(encoder.encode([args.query]), args.k)",

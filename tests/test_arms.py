@@ -57,12 +57,24 @@ TOWARDS = np.array([1, 0], np.float32)
     ("none", Arm("none", None, None)), ("nearest", Arm("nearest", "nearest", None)),
     ("random-context:k=2", Arm("random-context:k=2", None, "random", k=2)),
     ("nearest:lr=1e-4,k=10,steps=2,optimizer=sgd,order=last",
-     Arm("nearest:lr=1e-4,k=10,steps=2,optimizer=sgd,order=last", "nearest", None, 10, 1e-4, 2, "sgd", "last"))])
+     Arm("nearest:lr=1e-4,k=10,steps=2,optimizer=sgd,order=last", "nearest", None, 10, 1e-4, 2, "sgd", "last")),
+    ("nearest+context:k=3,context=2", Arm("nearest+context:k=3,context=2", "nearest", "nearest", 3, context_k=2)),
+    ("random-ttt:lr=1e-4", Arm("random-ttt:lr=1e-4", "random", "random", 10, 1e-4, context_k=4, check=True))])
 def test_an_arm_is_its_kind_and_settings(text, arm):
     assert arm_of(text) == arm
 
 
+def test_the_arm_ttt_is_what_the_program_does_by_default():
+    import ttt
+    settings, arm = ttt.settings_of(ttt.parse_args(["--question", "Q?", "--model", "m"])), arm_of("ttt")
+    assert (arm.train, arm.context, arm.k, arm.context_k, arm.lr, arm.steps, arm.optimizer, arm.check) == (
+        "nearest", "nearest", *(settings[name] for name in ("k", "context", "lr", "steps", "optimizer", "check")))
+    records = [*"abcdefghijkl"]
+    assert arm.trained(records) == records[:10] and arm.in_prompt(records) == ["d", "c", "b", "a"]
+
+
 @pytest.mark.parametrize("text, reason", [
+    ("context:context=2", "found 'context=2'"),
     ("near", "expected one of none, nearest"), ("none:k=2", "expected each of no settings"), ("nearest:k", "found 'k'"),
     ("nearest:k=2,k=3", "found 'k=3'"), ("nearest:k=0", "found '0'"), ("context:lr=1", "found 'lr=1'"),
     ("nearest:lr=x", "found 'x'"), ("nearest:order=best", "expected first or last")])

@@ -16,12 +16,12 @@ from ranks import run_ranks
 import evaluate
 import model as M
 import retrieve
+from adapt import adapted
 from arms import Evaluation, example_of
 from benchmarks import read_benchmark
 from files import InputError
 from parallel import from_all
 from tokenizer import Tokenizer
-from ttt import adapted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -200,6 +200,29 @@ def test_a_trained_arm_is_the_adapted_model_and_the_next_one_finds_the_old_weigh
         M.save_model(again.to(torch.bfloat16), tmp_path / f"adapted{number}", source=base)
         expected = run(files, tmp_path / f"adapted{number}", tmp_path / f"run{number}", "bpb", "--limit", "2")
         assert rows[number, arm]["bpb"] == expected[number, "none"]["bpb"]
+
+
+def test_the_arm_of_the_program_has_records_in_the_prompt_where_its_steps_help_or_one_is_near(
+        files, base, tmp_path, monkeypatch):
+    """Five records of random words do not help each other; with three, too few for a check, the steps are kept."""
+    typical, checks = [], []
+
+    def noted(model, examples, **settings):
+        checks.append((len(examples), settings["check"]))
+        return adapted(model, examples, **settings)
+    monkeypatch.setattr(evaluate, "adapted", noted)
+    monkeypatch.setattr(retrieve.Index, "typical_score", lambda self: typical[-1])
+    arms = ("none", "ttt:k=5,context=2,lr=1e-6", "ttt:k=3,context=2,lr=1e-3", "context:k=2",
+            "nearest+context:k=3,context=2,lr=1e-3")
+    for i, score in enumerate((9.0, -1.0)):
+        typical.append(score), checks.clear()
+        rows = run(files, base, tmp_path / str(i), "bpb", "--arms", *arms, "--limit", "2", "--dtype", "fp32")
+        for number in (1, 2):
+            none, undone, kept, context, both = (rows[number, arm]["nats"] for arm in arms)
+            assert undone == pytest.approx(none if score == 9.0 else context, abs=1e-4) and none != context
+            assert kept == both and not rows[number, arms[1]]["applied"] and rows[number, arms[2]]["applied"]
+            assert rows[number, arms[1]]["reason"].startswith("the loss on the next 3 neighbours changed by")
+        assert checks == [(5, True)] * 2 + [(3, True)] * 2 + [(3, False)] * 2
 
 
 def test_generated_texts_do_not_depend_on_the_batch_and_are_read_strictly(files, base, tmp_path, monkeypatch):

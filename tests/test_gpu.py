@@ -30,6 +30,7 @@ from conftest import (
 from ranks import ALONE, batches_for, metrics_in
 from torch.distributed.device_mesh import init_device_mesh
 
+import adapt
 import dpo
 import evaluate
 import model as M
@@ -208,7 +209,7 @@ def test_fp32_steps_are_those_of_the_cpu(optimizer):
     there = on_gpu(here)
     for model in (here, there):
         generator = torch.Generator(model.norm.weight.device)
-        ttt.take_steps(model, tiny_examples(), ttt.make_update(optimizer, 1e-3, generator, eps=1e-3), 2)
+        adapt.take_steps(model, tiny_examples(), adapt.make_update(optimizer, 1e-3, generator, eps=1e-3), 2)
     for ours, theirs in zip(there.parameters(), here.parameters()):
         torch.testing.assert_close(ours.detach().cpu(), theirs.detach(), rtol=1e-3, atol=1e-5)
 
@@ -221,7 +222,7 @@ def test_everything_is_as_it_was_on_the_gpu(snapshot_device, recompute):
     ids = list(range(20))
 
     def ask():
-        with ttt.adapted(model, tiny_examples(), lr=1e-3, snapshot_device=snapshot_device,
+        with adapt.adapted(model, tiny_examples(), lr=1e-3, snapshot_device=snapshot_device,
                          activation_checkpointing=recompute) as report:
             assert report.applied and report.loss_after < report.loss_before and not same(model, before)
             torch.randn(3, device="cuda")
@@ -251,9 +252,9 @@ def test_restored_whatever_happens_on_the_gpu(kind, point, monkeypatch):
     if point == "copied":
         monkeypatch.setattr(snapshot, "copied", struck(snapshot.copied))
     if point == "make_update":
-        make_update = ttt.make_update
+        make_update = adapt.make_update
         monkeypatch.setattr(ttt, "make_update", lambda *args: struck(make_update(*args)))
-    with pytest.raises(kind), ttt.adapted(model, tiny_examples(), lr=1e-2):
+    with pytest.raises(kind), adapt.adapted(model, tiny_examples(), lr=1e-2):
         assert point == "block"
         raise kind
     assert same(model, before) and model.unusable is None
@@ -265,7 +266,7 @@ def test_a_gradient_that_is_not_finite_is_noticed_on_the_gpu(optimizer, value):
     model = tiny().cuda()
     before = bits(model)
     model.layers[1].mlp.down.weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]).cuda(), value))
-    with ttt.adapted(model, tiny_examples(), optimizer=optimizer) as report:
+    with adapt.adapted(model, tiny_examples(), optimizer=optimizer) as report:
         assert not report.applied and "gradient" in report.reason and same(model, before)
     assert same(model, before)
 
@@ -279,7 +280,7 @@ def test_the_snapshot_waits_where_there_is_room(monkeypatch):
                                    ("adam", 6 * size + 1, "cuda"), ("adam", 6 * size, "cpu")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
         before = bits(model)
-        with ttt.adapted(model, tiny_examples(), lr=1e-2, optimizer=optimizer):
+        with adapt.adapted(model, tiny_examples(), lr=1e-2, optimizer=optimizer):
             assert not same(model, before)
         assert same(model, before)
         assert all(copy.device.type == place and copy.is_pinned() == (place == "cpu") for copy in copies)
@@ -318,12 +319,12 @@ def test_the_bf16_step_is_kept_on_the_gpu():
     whole = on_gpu(tiny(torch.bfloat16))
     exact = copy.deepcopy(whole).float()
     start = [weight.detach().clone() for weight in exact.parameters()]
-    ttt.take_steps(exact, tiny_examples(1), ttt.make_update("signsgd", 1e-5, torch.Generator("cuda")), 1)
+    adapt.take_steps(exact, tiny_examples(1), adapt.make_update("signsgd", 1e-5, torch.Generator("cuda")), 1)
     moved, wanted = 0, sum((now - then).abs().sum() for now, then in zip(exact.parameters(), start))
     for seed in range(8):
         half = copy.deepcopy(whole)
-        update = ttt.make_update("signsgd", 1e-5, torch.Generator("cuda").manual_seed(seed))
-        ttt.take_steps(half, tiny_examples(1), update, 1)
+        update = adapt.make_update("signsgd", 1e-5, torch.Generator("cuda").manual_seed(seed))
+        adapt.take_steps(half, tiny_examples(1), update, 1)
         moved += sum(((now.float() - then) * (target - then).sign()).sum() for now, then, target in
                      zip(half.parameters(), start, exact.parameters()))
     assert 0.8 < moved / 8 / wanted < 1.2

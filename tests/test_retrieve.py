@@ -336,3 +336,17 @@ def test_two_ranks_build_the_index_of_one(tiny, records, tmp_path, capsys):
 def test_one_rank_alone_just_encodes(tiny, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert (encode_in_parallel(tiny, ["pain"]) == tiny.encode(["pain"])).all()
+
+
+def test_the_typical_score_is_the_median_of_the_nearest_others(monkeypatch):
+    """Brute force; with equal vectors the nearest other may come before the record itself."""
+    vectors = np.random.default_rng(0).normal(size=(41, 6)).astype(np.float32)
+    vectors[7] = vectors[30]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    scores = vectors @ vectors.T
+    np.fill_diagonal(scores, -2)
+    manifest = {"factory": "Flat", "encoder": {"directory": "e"}}
+    index = retrieve.Index(vectors, [{}] * 41, manifest)
+    assert index.typical_score() == pytest.approx(np.median(scores.max(1)), abs=1e-6)
+    assert index.typical_score(sample=14) == pytest.approx(np.median(scores.max(1)[::3]), abs=1e-6)
+    assert retrieve.Index(vectors[:1], [{}], manifest).typical_score() == np.inf

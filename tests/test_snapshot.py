@@ -2,14 +2,15 @@
 import os
 import signal
 import time
+from collections import Counter
 
 import psutil
 import pytest
 import torch
 from conftest import bits, same, tiny, tiny_examples
 
+import adapt
 import snapshot
-import ttt
 from generate import generate
 from snapshot import Snapshot, digest, put_back, state_of
 
@@ -66,7 +67,7 @@ def test_a_weight_is_copied_once_and_before_it_changes():
 
 
 def test_adapting_copies_each_weight_when_it_is_about_to_change(monkeypatch):
-    model, copies, copied, make_update = tiny(tied=False), [], snapshot.copied, ttt.make_update
+    model, copies, copied, make_update = tiny(tied=False), [], snapshot.copied, adapt.make_update
     monkeypatch.setattr(snapshot, "copied", lambda *args: copies.append(copied(*args)) or copies[-1])
 
     def counting(*args):
@@ -77,9 +78,9 @@ def test_adapting_copies_each_weight_when_it_is_about_to_change(monkeypatch):
             assert len(copies) == min(len(weights), len(before))  # the second example needs none
             return update(weight, grad)
         return counted
-    monkeypatch.setattr(ttt, "make_update", counting)
+    monkeypatch.setattr(adapt, "make_update", counting)
     before = bits(model)
-    with ttt.adapted(model, tiny_examples(2)):
+    with adapt.adapted(model, tiny_examples(2)):
         assert len(copies) == len(before)
     assert same(model, before)
 
@@ -89,7 +90,7 @@ def test_adapting_copies_each_weight_when_it_is_about_to_change(monkeypatch):
 def test_everything_is_put_back():
     """Weights that were kept, buffers, gradients, train/eval mode, requires_grad, checkpointing, random state, hooks.
     """
-    model, report = tiny(), ttt.Report()
+    model, report = tiny(), adapt.Report()
     model.register_buffer("counter", torch.arange(3))
     model.layers[0].train()
     model.layers[0].checkpointing = True
@@ -135,14 +136,14 @@ def test_an_interrupt_during_the_restore_waits_until_it_is_done(times, monkeypat
             raise KeyboardInterrupt
         restore(self)
     monkeypatch.setattr(Snapshot, "restore", interrupted)
-    with pytest.raises(KeyboardInterrupt), ttt.adapted(model, tiny_examples(1)) as report:
+    with pytest.raises(KeyboardInterrupt), adapt.adapted(model, tiny_examples(1)) as report:
         pass
     assert report.restored and same(model, before)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_between_two_copies_is_held_until_all_are_back(kind, monkeypatch):
-    model, report, struck, state = tiny(), ttt.Report(), [], state_of
+    model, report, struck, state = tiny(), adapt.Report(), [], state_of
     before, taken = bits(model), Snapshot(model)
     taken.keep_all()
     for parameter in model.parameters():
@@ -164,17 +165,17 @@ def test_an_interrupt_between_two_copies_is_held_until_all_are_back(kind, monkey
 
 def test_a_model_that_could_not_be_restored_refuses_to_run(monkeypatch):
     model = tiny()
-    with pytest.raises(RuntimeError, match="could not be restored"), ttt.adapted(model, tiny_examples(1)):
+    with pytest.raises(RuntimeError, match="could not be restored"), adapt.adapted(model, tiny_examples(1)):
         monkeypatch.setattr(snapshot, "state_of", lambda model: list(model.named_parameters())[:-1])  # one is forgotten
     monkeypatch.undo()
     for use in (lambda: model(torch.tensor([[1]])), lambda: next(generate(model, [1])),
-                lambda: ttt.adapted(model, tiny_examples(1)).__enter__()):
+                lambda: adapt.adapted(model, tiny_examples(1)).__enter__()):
         with pytest.raises(RuntimeError, match="could not be restored"):
             use()
 
 
 def test_a_weight_that_changed_without_a_copy_is_noticed():
-    model, report = tiny(), ttt.Report()
+    model, report = tiny(), adapt.Report()
     taken = Snapshot(model)
     model.norm.weight.data[3] += 1
     with pytest.raises(RuntimeError, match="could not be restored"):
@@ -200,7 +201,7 @@ def test_everything_is_as_it_was(settings):
     modes = [module.training for module in model.modules()]
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     before, rng, fingerprint = bits(model), torch.get_rng_state(), digest(model)
-    with ttt.adapted(model, tiny_examples(), **settings) as report:
+    with adapt.adapted(model, tiny_examples(), **settings) as report:
         assert report.applied and not same(model, before) and not report.restored
         assert model.head.weight is model.embed.weight
         torch.rand(7)
@@ -217,15 +218,36 @@ def test_everything_is_as_it_was(settings):
 
 
 def test_200_cycles_change_nothing_and_leak_nothing():
-    model, examples = tiny(), tiny_examples()
+    model, examples, outcomes = tiny(), tiny_examples(4), Counter()
     before, fingerprint, process = bits(model), digest(model), psutil.Process()
     for cycle in range(200):
-        with ttt.adapted(model, examples, seed=cycle, optimizer=("signsgd", "adam")[cycle % 2]):
+        with adapt.adapted(model, examples, seed=cycle, optimizer=("signsgd", "adam")[cycle % 2],
+                           check=cycle % 4 > 1) as report:
             list(generate(model, [1, 2, 3], max_new_tokens=3))
+        outcomes[report.applied] += 1
         assert digest(model) == fingerprint
         if cycle == 20:  # allocators and thread pools have warmed up
             resident = process.memory_info().rss
     assert same(model, before) and process.memory_info().rss - resident <= 5 << 20
+    assert outcomes == {True: 100, False: 100}  # at this rate the check undoes the steps
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_restored_whatever_strikes_while_the_steps_are_checked(call, monkeypatch):
+    """The losses of three examples alone, of four before their steps, and one after them: the examples are the same."""
+    model, calls, example_loss = tiny(), [], adapt.example_loss
+    before = bits(model)
+
+    def striking(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return example_loss(*args)
+    monkeypatch.setattr(adapt, "example_loss", striking)
+    with pytest.raises(KeyboardInterrupt), adapt.adapted(model, tiny_examples(1) * 4, lr=1e-3, check=True):
+        pass
+    assert len(calls) == call and same(model, before) and model.unusable is None
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
 
 
 class Sudden(BaseException):
@@ -253,7 +275,7 @@ def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
         raise KINDS[kind]("struck")
     updates = len(list(model.parameters()))
     strike_at = {"first gradient": 1, "middle gradient": updates // 2, "last gradient": updates}.get(point)
-    make_update, example_loss, losses = ttt.make_update, ttt.example_loss, []
+    make_update, example_loss, losses = adapt.make_update, adapt.example_loss, []
 
     def striking_update(*args):
         update, count = make_update(*args), []
@@ -279,9 +301,9 @@ def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
             strike()
         return copied(*args)
     monkeypatch.setattr(snapshot, "copied", striking_copy)
-    monkeypatch.setattr(ttt, "make_update", striking_update)
-    monkeypatch.setattr(ttt, "example_loss", striking_loss)
-    set_hook, remove, hooks = torch.Tensor.register_post_accumulate_grad_hook, ttt.remove_hooks, []
+    monkeypatch.setattr(adapt, "make_update", striking_update)
+    monkeypatch.setattr(adapt, "example_loss", striking_loss)
+    set_hook, remove, hooks = torch.Tensor.register_post_accumulate_grad_hook, adapt.remove_hooks, []
 
     def striking_set_hook(weight, hook):
         hooks.append(set_hook(weight, hook))
@@ -294,14 +316,14 @@ def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
             strike()
         remove(hooks)
     monkeypatch.setattr(torch.Tensor, "register_post_accumulate_grad_hook", striking_set_hook)
-    for module in (ttt, snapshot):
+    for module in (adapt, snapshot):
         monkeypatch.setattr(module, "remove_hooks", striking_remove)
 
     def terminated(signum, frame):
         raise SystemExit("struck")
     old_handler = signal.signal(signal.SIGTERM, terminated)
     try:
-        with pytest.raises(KINDS[kind], match="struck"), ttt.adapted(model, tiny_examples(1)) as report:
+        with pytest.raises(KINDS[kind], match="struck"), adapt.adapted(model, tiny_examples(1)) as report:
             if point == "start of the block":
                 strike()
             for _ in generate(model, [1, 2], max_new_tokens=4):
@@ -318,5 +340,5 @@ def test_restored_whatever_happens_wherever(kind, point, monkeypatch):
     assert hooks_left == (point == "hooks half set")
     monkeypatch.undo()
     untouched = tiny()
-    with ttt.adapted(model, tiny_examples(1)) as report, ttt.adapted(untouched, tiny_examples(1)):  # it still works
+    with adapt.adapted(model, tiny_examples(1)) as report, adapt.adapted(untouched, tiny_examples(1)):  # it still works
         assert report.applied and same(model, bits(untouched))  # and the hook that is left does nothing

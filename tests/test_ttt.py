@@ -1,4 +1,6 @@
 """ttt.py: one step by hand, what steps do to the loss, and the program around them (test_snapshot.py: the way back)."""
+import argparse
+import contextlib
 import io
 import json
 import os
@@ -7,244 +9,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, bits, held_elsewhere, same, tiny, tiny_examples
+from conftest import ROOT, bits, held_elsewhere, same
 from safetensors.torch import load_file, save_file
 
+import adapt
+import arms
 import model as M
 import retrieve
 import ttt
-from data import training_example
+from benchmarks import Question
 from files import InputError, run_main
-from generate import generate
 from rows import messages_of
 from tokenizer import Tokenizer
-
-# ----- the update ----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("optimizer, expected", [
-    # w - lr g / (|g| + 1e-8):  3 - 0.5 · 2 / 2;  -1 + 0.5 · 1 / 2, because this gradient is as small as eps
-    ("signsgd", [2.5, -0.75]), ("adam", [2.5, -0.75]), ("sgd", [2.0, -1.0])])
-def test_one_update_of_two_weights_worked_out_by_hand(optimizer, expected, dtype):
-    """Numbers that bf16 holds exactly, so that stochastic rounding has nothing to decide."""
-    weight, grad = torch.tensor([3.0, -1.0]).to(dtype), torch.tensor([2.0, -1e-8])
-    finite = ttt.make_update(optimizer, 0.5, torch.Generator().manual_seed(0))(weight, grad)
-    torch.testing.assert_close(weight, torch.tensor(expected, dtype=dtype), rtol=0, atol=1e-6)
-    assert finite
-
-
-def test_the_second_step_of_adam_worked_out_by_hand():
-    # g = 4, then 0:   m = 0.1 · 4, then 0.36;                     v = 0.001 · 16, then 0.015984
-    #                  m' = 0.36 / (1 - 0.81) = 1.8947368;         v' = 0.015984 / (1 - 0.998001) = 7.9959980
-    # steps:           lr · 4 / sqrt(16) = lr;                     lr · 1.8947368 / 2.8277196 = 0.6700582 lr
-    weight, update = torch.tensor([1.0]), ttt.make_update("adam", 0.1, torch.Generator().manual_seed(0))
-    update(weight, torch.tensor([4.0]))
-    assert weight.item() == pytest.approx(0.9, abs=1e-6)
-    update(weight, torch.tensor([0.0]))
-    assert weight.item() == pytest.approx(0.9 - 0.06700582, abs=1e-6)
-    update(other := torch.tensor([1.0]), torch.tensor([-4.0]))  # another weight has moments of its own
-    assert other.item() == pytest.approx(1.1, abs=1e-6)
-
-
-LN2, LN3 = 0.6931472, 1.0986123
-# The gradients of the test below, worked out there.
-GRADIENTS = {"embed.weight": [[0.2528511, -0.2528511], [0, 0], [0, 0]], "norm.weight": [0.5493061, -0.4620981],
-             "head.weight": [[1 / 2, 1 / 2], [-2 / 3, -2 / 3], [1 / 6, 1 / 6]]}
-
-
-@pytest.mark.parametrize("optimizer", ["signsgd", "adam", "sgd"])
-def test_one_step_of_test_time_training_worked_out_by_hand(optimizer):
-    """A Llama of 14 weights: 3 words, width 2, no layer; logits = head(rms_norm(embed(id)) · norm).
-
-    Word 0 is (2, 2), of root mean square 2, so n = (1, 1), and with norm = (1, 1) the logits are the sums of the head's
-    rows: ln 3, ln 2, 0. So p = (3, 2, 1) / 6. Label 1 follows word 0 twice; the third position is not trained. The loss
-    is the mean of ln 3 and ln 3, and with d the gradient:
-
-        d logits = p - onehot(1)            = (1/2, -2/3, 1/6)
-        d head   = d logits · n, row by row = (1/2, 1/2), (-2/3, -2/3), (1/6, 1/6)
-        g        = head.T d logits          = (1/2 ln 3, -2/3 ln 2)         = (0.5493061, -0.4620981)
-        d norm   = g · n                    = g
-        d word 0 = (g - n mean(g · n)) / 2  = (0.5493061 - 0.0436040, -0.4620981 - 0.0436040) / 2
-                                            = (0.2528511, -0.2528511)
-    """
-    config = M.LlamaConfig(vocab_size=3, hidden_size=2, intermediate_size=2, num_hidden_layers=0, num_attention_heads=1,
-                           num_key_value_heads=1, head_dim=2, rms_norm_eps=0.0, rope_scaling=None)
-    start = {"embed.weight": torch.tensor([[2.0, 2.0], [3.0, -5.0], [0.5, 4.0]]), "norm.weight": torch.ones(2),
-             "head.weight": torch.tensor([[LN3, 0.0], [0.0, LN2], [0.0, 0.0]])}
-    model, lr = M.Llama(config), 0.01
-    model.load_state_dict(start)
-    with ttt.adapted(model, [([0, 0, 2], [1, 1, -100])], lr=lr, optimizer=optimizer) as report:
-        assert report.applied and report.loss_before == pytest.approx(LN3, abs=1e-6)
-        assert report.loss_after < report.loss_before
-        for name, weight in model.named_parameters():
-            gradient = torch.tensor(GRADIENTS[name])
-            step = gradient if optimizer == "sgd" else gradient.sign()  # g / (|g| + 1e-8)
-            torch.testing.assert_close(weight.data, start[name] - lr * step, rtol=0, atol=2e-7, msg=name)
-    assert all(torch.equal(weight, start[name]) for name, weight in model.named_parameters())
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("optimizer", ["signsgd", "adam", "sgd"])
-def test_fp32_steps_equal_torch_optimizers(optimizer, tied):
-    """Two steps on each of two examples, against torch.optim on an independently computed loss."""
-    ours, theirs = tiny(torch.float32, tied=tied), tiny(torch.float32, tied=tied)
-    if optimizer == "sgd":
-        reference = torch.optim.SGD(theirs.parameters(), lr=1e-4)
-    for ids, labels in tiny_examples():
-        for _ in range(2):
-            if optimizer == "signsgd" or (optimizer == "adam" and "reference" not in locals()):
-                reference = torch.optim.Adam(theirs.parameters(), lr=1e-4)  # signsgd is a fresh Adam every time
-            logits = theirs(torch.tensor([ids]))[0]
-            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels), ignore_index=-100)
-            reference.zero_grad()
-            loss.backward()
-            reference.step()
-    update = ttt.make_update(optimizer, 1e-4, torch.Generator().manual_seed(0))
-    ttt.take_steps(ours, tiny_examples(), update, steps=2)
-    for a, b in zip(ours.parameters(), theirs.parameters()):
-        # to a hundredth of a step; but a gradient that is itself rounding noise has a step of either sign
-        assert ((a - b).abs() <= 1e-6).float().mean() > 0.995, optimizer
-
-
-def test_bf16_steps_have_the_fp32_step_as_their_mean():
-    exact, rounded = tiny(torch.float32), tiny(torch.bfloat16)
-    exact.load_state_dict({name: weight.float() for name, weight in rounded.state_dict().items()})
-    start = [parameter.detach().double().clone() for parameter in exact.parameters()]
-    ttt.take_steps(exact, tiny_examples(1), ttt.make_update("signsgd", 1e-5, torch.Generator()), 1)
-    ttt.take_steps(rounded, tiny_examples(1), ttt.make_update("signsgd", 1e-5, torch.Generator().manual_seed(0)), 1)
-    moved_exact = torch.cat([(p.double() - s).flatten() for p, s in zip(exact.parameters(), start)])
-    moved = torch.cat([(p.double() - s).flatten() for p, s in zip(rounded.parameters(), start)])
-    direction = moved_exact.sign()
-    assert abs((moved * direction).mean() / (moved_exact * direction).mean() - 1) < 0.15
-    nearest = torch.cat([(s + m.view_as(s)).bfloat16().double().sub(s).flatten() for s, m in
-                         zip(start, moved_exact.split([s.numel() for s in start]))])
-    assert (nearest * direction).mean() < 0.2 * (moved * direction).mean()
-
-
-def test_gradients_are_gone_before_the_next_is_complete():
-    """While the last gradient is used no other exists: the memory of adaptation is one gradient, not all."""
-    model, alive = tiny(), []
-
-    def update(weight, grad):
-        alive.append(sum(parameter.grad is not None for parameter in model.parameters()))
-        return True
-    ttt.take_steps(model, tiny_examples(1), update, 1)
-    assert alive == [0] * len(list(model.parameters()))
-    assert not any(vars(parameter) for parameter in model.parameters())  # and nothing hangs on a weight
-
-
-def test_the_step_survives_in_the_real_model_and_rounding_to_nearest_would_lose_it(smollm2, monkeypatch):
-    """The paper's rate 1e-5, one step, a trace of demo/data cut to 300 tokens; the loss is computed with the weights
-    that generate. fp32 weights give the fall that is possible; bf16 as shipped must keep ≥ 90 % of it."""
-    tokenizer = Tokenizer.from_dir(smollm2)
-    row = json.loads((ROOT / "demo/data/traces.jsonl").read_text().splitlines()[0])
-    example = training_example(tokenizer, messages_of(row), 300)
-
-    def fall(dtype):
-        with ttt.adapted(M.load_model(smollm2, dtype=dtype), [example], lr=1e-5) as report:
-            assert report.applied
-            return report.loss_before - report.loss_after
-    exact, shipped = fall(torch.float32), fall(torch.bfloat16)
-
-    def to_nearest(*args):
-        return lambda rounded, exact: rounded.copy_(exact)
-    monkeypatch.setattr(ttt, "stochastic_rounder", to_nearest)
-    nearest = fall(torch.bfloat16)
-    assert exact > 0.1 and shipped >= 0.9 * exact and nearest < 0.2 * exact, (exact, shipped, nearest)
-
-# ----- adapted -------------------------------------------------------------------------------------------------------
-
-
-def test_what_the_steps_needed_is_gone_while_answering(monkeypatch):
-    model, updates, make_update = tiny(), [], ttt.make_update
-
-    def watched(*args):
-        update = make_update(*args)
-        updates.append(weakref.ref(update))
-        return update
-    monkeypatch.setattr(ttt, "make_update", watched)
-    with ttt.adapted(model, tiny_examples(), optimizer="adam") as report:
-        assert report.applied and updates[0]() is None  # and its moments, 8 bytes a parameter, with it
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_gradient_buffers_of_a_training_run_are_neither_read_nor_written(tied):
-    model, plain = tiny(torch.float32, tied=tied), tiny(torch.float32, tied=tied)
-    model.embed_grad, model.head_grad = buffers = [torch.ones_like(model.head.weight) for _ in range(2)]
-    with ttt.adapted(model, tiny_examples(1)), ttt.adapted(plain, tiny_examples(1)):
-        assert same(model, bits(plain))
-    assert all(torch.equal(buffer, torch.ones_like(buffer)) for buffer in buffers)
-    assert model.embed_grad is buffers[0] and model.head_grad is buffers[1]
-
-
-def test_the_loss_afterwards_need_not_be_measured(monkeypatch):
-    model, losses, example_loss = tiny(), [], ttt.example_loss
-    monkeypatch.setattr(ttt, "example_loss", lambda *args: losses.append(1) or example_loss(*args))
-    before = bits(model)
-    with ttt.adapted(model, tiny_examples(1)) as measured:
-        after = bits(model)
-    with ttt.adapted(model, tiny_examples(1), loss_after=False) as report:
-        assert report.applied and report.loss_after is None and same(model, after)
-    assert len(losses) == 3 and report.restored and same(model, before)
-    assert report.loss_before == measured.loss_before > measured.loss_after
-
-
-def test_two_questions_at_once_are_kept_apart():
-    model, examples = tiny(), tiny_examples(4)
-    before, alone, together = bits(model), {}, {}
-
-    def ask(i, answers):
-        with ttt.adapted(model, [examples[i]], lr=1e-2):
-            answers[i] = list(generate(model, [1, 2, 3], max_new_tokens=20, temperature=0))
-    for i in range(4):
-        ask(i, alone)
-    threads = [threading.Thread(target=ask, args=(i, together)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert together == alone and len({tuple(answer) for answer in alone.values()}) > 1 and same(model, before)
-
-
-@pytest.mark.parametrize("examples, reason", [
-    ([], "no neighbour"), ([([1, 2], [-100, -100])], "no neighbour")])
-def test_without_a_neighbour_the_answer_is_the_models_own(examples, reason):
-    model = tiny()
-    with ttt.adapted(model, examples) as report:
-        assert not report.applied and reason in report.reason
-    assert report.restored
-
-
-@pytest.mark.parametrize("what, settings", [
-    ("loss", {}), ("loss afterwards", {}), ("gradient", {}), ("gradient", {"optimizer": "adam"}),
-    ("gradient", {"optimizer": "sgd"}), ("gradient", {"dtype": torch.float32})], ids=str)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_number_that_is_not_finite_gives_the_models_own_answer_and_the_reason(what, settings, value, monkeypatch):
-    settings = dict(settings)
-    model = tiny(settings.pop("dtype", torch.bfloat16))
-    before, calls, example_loss = bits(model), [], ttt.example_loss
-    if what == "gradient":
-        def poison(grad):
-            grad = grad.clone()
-            grad.view(-1)[3] = value
-            return grad
-        model.layers[1].mlp.down.weight.register_hook(poison)
-
-    def faulty(*args):
-        calls.append(1)
-        return example_loss(*args) + (value if len(calls) == {"loss": 1, "loss afterwards": 2}.get(what) else 0)
-    monkeypatch.setattr(ttt, "example_loss", faulty)
-    with ttt.adapted(model, tiny_examples(1), **settings) as report:
-        assert not report.applied and what.split()[0] in report.reason and same(model, before)
-        model.norm.weight.data.zero_()
-    assert report.restored and same(model, before)
 
 # ----- the program ---------------------------------------------------------------------------------------------------
 
@@ -269,7 +50,7 @@ def toy(smollm2, minilm, tmp_path_factory):
 def settings(toy, **changes):
     argv = ["--question", "x", "--model", str(toy / "model"), "--index", str(toy / "index"), "--max-new-tokens", "12"]
     args = ttt.parse_args(argv)
-    return ttt.settings_of(args) | changes
+    return ttt.settings_of(args) | {"k": 4, "context": 0, "check": False} | changes
 
 
 def test_ten_questions_in_two_orders_give_the_same_tokens(toy, monkeypatch):
@@ -312,7 +93,8 @@ def test_the_steps_are_taken_nearest_first_and_as_the_flags_say(toy, monkeypatch
     """Three neighbours by their vectors, brute force, and the order in which their traces come to `adapted`."""
     monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
     flags = ["--question", "What is asthma?", "--model", str(toy / "model"), "--index", str(toy / "index"), "--k", "3",
-             "--max-new-tokens", "1", "--lr", "0.002", "--steps", "2", "--optimizer", "sgd", "--seed", "5"]
+             "--max-new-tokens", "1", "--lr", "0.002", "--steps", "2", "--optimizer", "sgd", "--seed", "5",
+             "--context", "0"]
     answerer, seen, adapted = ttt.Answerer(ttt.settings_of(ttt.parse_args(flags))), [], ttt.adapted
 
     def noted(model, examples, **settings):
@@ -322,7 +104,70 @@ def test_the_steps_are_taken_nearest_first_and_as_the_flags_say(toy, monkeypatch
     answerer.answer("What is asthma?")
     scores = answerer.index.vectors @ answerer.encoder.encode(["What is asthma?"])[0]
     nearest = [answerer.example(i, []) for i in np.argsort(-scores)[:3]]
-    assert seen == [(nearest, {"steps": 2, "lr": 0.002, "optimizer": "sgd", "seed": 5})]
+    assert seen == [(nearest, {"steps": 2, "lr": 0.002, "optimizer": "sgd", "seed": 5,
+                               "check": True})]
+
+
+def prompts_of(answerer, monkeypatch):
+    """A list of the prompts that `generate` gets from now on; it ends each answer at once."""
+    prompts = []
+    monkeypatch.setattr(ttt, "generate", lambda model, ids, **more: prompts.append(ids) or iter(more["stop_ids"]))
+    return prompts
+
+
+def test_neighbours_in_the_prompt_stand_as_those_of_the_context_arm(toy, monkeypatch):
+    """The nearest last, beside the question; other ones are trained on, and with --k 0 none."""
+    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
+    answerer, trained, adapted = ttt.Answerer(settings(toy, k=0, context=3, max_new_tokens=1)), [], ttt.adapted
+    prompts = prompts_of(answerer, monkeypatch)
+    monkeypatch.setattr(ttt, "adapted", lambda model, examples, **more: trained.append(len(examples)) or adapted(
+        model, examples, **more))
+    result = answerer.answer("What is asthma?")
+    scores = answerer.index.vectors @ answerer.encoder.encode(["What is asthma?"])[0]
+    records = [messages_of(answerer.index.records[i]) for i in np.argsort(-scores)[:3]]
+    flags = argparse.Namespace(prompt="chat", measure="bpb", by="letter")
+    run = arms.Evaluation(flags, None, answerer.tokenizer, 4096, [], set())
+    question = Question(1, "", "What is asthma?", {}, None, "", "", None, None)
+    wanted = [(0, 0, messages, False) for messages in records]
+    assert prompts == [arms.prompt_of(run, question, wanted[::-1])]
+    assert [neighbour["in_prompt"] for neighbour in result["neighbours"]] == [True, True, True]
+    assert not result["ttt"]["applied"] and result["ttt"]["reason"] == "switched off" and result["ttt"]["context"] == 3
+    answerer.settings |= {"k": 3, "context": 1, "system": "Be brief."}
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+    result = answerer.answer("What is asthma?", history)
+    assert prompts[1] == ttt.prompt_ids(answerer.tokenizer, "Be brief.", "What is asthma?", [*records[0], *history])
+    assert trained == [0, 3] and [one.get("in_prompt") for one in result["neighbours"]] == [True, None, None]
+
+
+def test_neighbours_that_would_take_the_answers_room_stay_out_of_the_prompt(toy, monkeypatch):
+    answerer = ttt.Answerer(settings(toy, k=0, context=3, max_new_tokens=100))
+    prompts = prompts_of(answerer, monkeypatch)
+    answerer.answer("What is asthma?")
+    whole = len(prompts[0])
+    for room, expected in ((100, 3), (99, 2)):
+        answerer.model.config = replace(answerer.model.config, max_position_embeddings=whole + room)
+        result = answerer.answer("What is asthma?")
+        assert sum("in_prompt" in neighbour for neighbour in result["neighbours"]) == expected
+    assert prompts[1] == prompts[0] and len(prompts[2]) < whole
+
+
+@pytest.mark.parametrize("applied, typical, check, expected", [
+    (True, 2.0, True, True), (False, 2.0, True, False), (False, -1.0, True, True), (False, 2.0, False, True)])
+def test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is_near(toy, applied, typical, check,
+                                                                                     expected, monkeypatch):
+    answerer = ttt.Answerer(settings(toy, k=5, context=2, check=check, max_new_tokens=1))
+    prompts, checks = prompts_of(answerer, monkeypatch), []
+    answerer.typical_score = typical
+
+    @contextlib.contextmanager
+    def scripted(model, examples, **more):
+        checks.append((len(examples), more["check"]))
+        yield adapt.Report(applied=applied)
+    monkeypatch.setattr(ttt, "adapted", scripted)
+    neighbours = answerer.answer("What is asthma?")["neighbours"]
+    first, second = (messages_of(answerer.index.records[one["id"]]) for one in neighbours[:2])
+    assert prompts == [ttt.prompt_ids(answerer.tokenizer, None, "What is asthma?", [*second, *first] * expected)]
+    assert ["in_prompt" in one for one in neighbours] == [expected] * 2 + [False] * 3 and checks == [(5, check)]
 
 
 def test_a_question_is_embedded_with_the_instruction_the_index_was_built_with(toy, tmp_path, monkeypatch):
@@ -385,17 +230,19 @@ def test_json_output_is_complete(toy, run):
     result = json.loads(out.stdout)
     assert list(result) == ["question", "answer", "thought", "summary", "finish_reason", "neighbours", "ttt",
                             "restored", "timings", "model", "disclaimer"]
-    assert set(result["ttt"]) == {"applied", "reason", "k", "steps", "lr", "optimizer", "loss_before", "loss_after"}
+    assert set(result["ttt"]) == {"applied", "reason", "k", "context", "steps", "lr", "optimizer", "loss_before",
+                                  "loss_after"}
     assert set(result["timings"]) == {"load_s", "retrieve_s", "adapt_s", "generate_s", "restore_s", "tokens_per_s"}
     assert result["ttt"]["applied"] and result["ttt"]["k"] == 1 == len(result["neighbours"]) and result["restored"]
     assert result["ttt"]["loss_after"] < result["ttt"]["loss_before"] and result["finish_reason"] == "length"
-    assert set(result["neighbours"][0]) == {"id", "score", "instruction"} and "not medical advice" in \
+    assert {*result["neighbours"][0]} == {"id", "score", "instruction"} and "not medical advice" in \
         result["disclaimer"].lower()
 
 
 def test_text_output_and_switching_it_off(toy, run, tmp_path):
     (tmp_path / "system.txt").write_text("Answer briefly.")
     arguments = ["--question", "What is asthma?", "--model", toy / "model", "--max-new-tokens", 5]
+    arguments += ["--always"]
     adapted = run(*arguments, "--index", toy / "index", "--system", tmp_path / "system.txt").stdout
     assert "neighbour" in adapted and "loss on the nearest" in adapted and "Not medical advice" in adapted
     plain = run(*arguments, "--no-ttt", "--index", "no/such/index").stdout
@@ -563,7 +410,9 @@ def test_wrong_input_is_one_line_and_status_2(toy, run, tmp_path):
         ([*good, "--model", "no/such/model"], "no/such/model: does not exist"),
         (["--question", "  "], "empty question"), ([*good, "--index", "no/index"], "no/index"),
         ([*good, "--model", truncated], "damaged safetensors"), ([*good, "--encoder", other_encoder], "sha256"),
-        ([*good, "--index", damaged], "damaged"), ([*good, "--k", "0"], "--k"), ([*good, "--lr", "nan"], "--lr"),
+        ([*good, "--index", damaged], "damaged"),
+            ([*good, "--k", "0", "--context", "0"], "--k 0 and --context 0"), ([*good, "--k", "-1"], "--k"),
+            ([*good, "--lr", "nan"], "--lr"),
         ([*good, "--top-p", "1.5"], "--top-p"), ([*good, "--seed", "9" * 20], "--seed"),
         ([*good, "--recipe", "paper", "--k", "3"], "--recipe paper and --k 3"),
         (["--questions", tmp_path / "long.jsonl", "--out", tmp_path / "o", *good[2:]], "long.jsonl:2: the prompt has"),
@@ -587,7 +436,8 @@ def test_wrong_input_is_one_line_and_status_2(toy, run, tmp_path):
 
 def test_terminated_in_the_middle_ends_with_143_and_no_traceback(toy):
     process = subprocess.Popen([sys.executable, ROOT / "ttt.py", "--question", "Q?", "--model", toy / "model",
-                                "--index", toy / "index", "--max-new-tokens", "3000", "--temperature", "1.5"],
+                                "--index", toy / "index", "--max-new-tokens", "3000", "--temperature", "1.5",
+                                "--always", "--context", "0", "--k", "2"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = iter(process.stdout.readline, "")
     assert next(lines).startswith("neighbour")
