@@ -6,7 +6,7 @@
     then put back the original w, bit for bit
 
 Source: FineMedLM-o1 (arXiv 2501.09213, section on test-time training). Without stochastic rounding 3 % of such a step
-would be left (rounding.py).
+would be left (rounding.py). With `check` the steps are undone at the fourth example unless they help (take_steps).
 
 Memory: 2 bytes a parameter on the device (the bf16 weights), the gradient of the layer at hand (each is used and freed
 as soon as it is complete; that of a tied embedding and head once both ends have added to it), the activations of one
@@ -97,12 +97,14 @@ def take_steps(model, examples, update, steps, hooks=None, check=False):
     Returns the loss on the first example before any step. NotFinite when a loss, gradient or step is not finite.
     `hooks`: a list for the hooks on gradients, so that a caller can remove those that an interrupt left behind.
     `check`: the examples after the first are questions, too, until they are trained on. NoHelp when the loss on the
-    next CHECKED, before their own steps, has not fallen by FALL on average. Fewer examples are not checked.
+    next CHECKED, each just before its own steps, has not fallen by FALL on average. Fewer examples are not checked.
     """
     hooks = [] if hooks is None else hooks
     change, alone = 0.0, examples[1:1 + CHECKED] if check and len(examples) > CHECKED else []
     with torch.no_grad():
         alone = [example_loss(model, example).item() for example in alone]
+    if any(value - value != 0 for value in alone):
+        raise NotFinite(f"the losses on the next neighbours are {alone}")
     first_loss, all_finite = None, torch.ones((), dtype=torch.bool, device=model.norm.weight.device)
 
     @torch.no_grad()

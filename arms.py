@@ -3,7 +3,8 @@
     nearest:k=2            train on [r1, r2]      prompt: question
     context:k=2            no training            prompt: r2 as a turn, r1 as a turn, question
     nearest+context:k=2    train on [r1, r2]      prompt: r2 as a turn, r1 as a turn, question
-    ttt                    as ttt.py does by default: both, where the records themselves show that it helps
+    ttt                    as ttt.py does by default: both, where the records themselves show that it helps; records
+                           are cut and masked as for the other arms
 
 r1, r2, … are the question's records, nearest first (or drawn at random): not masked by leaks.py, and cut to the same
 tokens for all arms. A record that does not fit the window is left out of every arm.
@@ -43,6 +44,11 @@ class Arm:
     order: str | None = None
     context_k: int | None = None  # records in the prompt, by default k
     check: bool = False  # as ttt.py without --always
+
+    @property
+    def most(self):
+        """How many records it needs."""
+        return max(self.k, self.context_k or 0)
 
     def trained(self, records):
         return records[:self.k][::-1] if self.order == "last" else records[:self.k]

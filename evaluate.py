@@ -159,7 +159,7 @@ def generated(run, asked):
 def measured(run, questions, arms):
     """({(question number, arm): row}, [{arm, questions, seconds, memory_gb}]) of a few questions under all arms."""
     kinds = {kind for arm in arms for kind in (arm.train, arm.context) if kind}
-    k = max((arm.k for arm in arms if arm.train or arm.context), default=0)
+    k = max((arm.most for arm in arms if arm.train or arm.context), default=0)
     records, notes, rows, timings = {}, {}, {}, []
     if kinds and questions:
         vectors = run.encoder.encode([question.text for question in questions], is_query=True)
@@ -181,15 +181,17 @@ def measured(run, questions, arms):
                             for _, _, messages, was_cut in arm.trained(records[question.number, arm.train])]
                 with adapted(run.model, examples, steps=arm.steps, lr=arm.lr, optimizer=arm.optimizer,
                              seed=run.args.seed, loss_after=False, check=arm.check) as report:
-                    if arm.check and not (report.applied or near_enough(run, records[question.number, arm.context])):
-                        prompt = prompt_of(run, question)  # as ttt.py does
+                    shown = arm.in_prompt(records[question.number, arm.context]) if arm.context else []
+                    if arm.check and not (report.applied or near_enough(run, shown)):
+                        prompt, shown = prompt_of(run, question), []  # as ttt.py does
                     found += measure(run, [(question, prompt)])
-                found[-1] |= {"applied": report.applied} | ({"reason": report.reason} if report.reason else {})
+                found[-1] |= {"applied": report.applied} | ({"in_prompt": len(shown)} if arm.check else {}) | (
+                    {"reason": report.reason} if report.reason else {})
         timings.append({"arm": arm.name, "questions": len(questions), "seconds": round(time.perf_counter() - start, 4),
                         "memory_gb": round(peak_memory(run.world.device) / 1e9, 3)})
         for question, row in zip(questions, found):
             kind = arm.train or arm.context
-            used = records[question.number, kind][:arm.k] if kind else []
+            used = records[question.number, kind][:arm.most] if kind else []
             rows[question.number, arm.name] = {
                 "number": question.number, "arm": arm.name, "group": question.group,
                 **({"kind": question.kind} if question.kind else {}), **row,

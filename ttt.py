@@ -9,10 +9,10 @@ Source: FineMedLM-o1 (arXiv 2501.09213, section on test-time training: one step 
 `--recipe paper` does). adapt.py has the steps and the way back.
 
 The default, found on held-out questions (bench/README.md): k = 10, lr = 6e-5, four neighbours in the prompt, and the
-neighbours say whether that helps. Steps go on where three of them lower the loss on the next three, which are not yet
-trained on; else they are undone, as nearly always after SFT. In the prompt neighbours stand where the steps are kept,
-because such a model does not know the form of an answer yet, or where the nearest is nearer than half of the index's
-records are to theirs, because it may hold the answer.
+neighbours say whether that helps. Steps go on where the loss on neighbours 2 to 4, each just before its own step, has
+fallen; else they are undone, as nearly always after SFT. Fewer than four (--k 3) are not asked: their steps stay. In
+the prompt neighbours stand where the steps are kept, because such a model does not know the form of an answer yet, or
+where the nearest is nearer than half of the index's records are to theirs, because it may hold the answer.
 
     python ttt.py --question "…"                                    one question
     python ttt.py --questions FILE.jsonl --out ANSWERS.jsonl        many; run again to go on where it stopped
@@ -70,7 +70,7 @@ class Answerer:
         if settings["ttt"]:
             self.index = Index.load(settings["index"])
             self.encoder = self.index.load_encoder(settings["encoder"], device)
-            self.typical_score = self.index.typical_score()
+            self.typical_score = self.index.typical_score() if settings["check"] and settings["context"] else None
         self.tokenizer, _ = open_tokenizer(settings["model"])
         self.stop_ids = stop_ids_of(settings["model"]) | {self.tokenizer.end_of_turn()}
         self.model = load_model(settings["model"], device, DTYPES[settings["dtype"]])  # last: it may take minutes
@@ -176,7 +176,7 @@ class Answerer:
             "question": question, "answer": text, "thought": thought, "summary": summary,
             "finish_reason": "stop" if new_ids[-1] in self.stop_ids else "length", "neighbours": neighbours,
             "ttt": {"applied": report.applied, "reason": report.reason, "k": s["k"], "context": s["context"],
-                    "steps": s["steps"], "lr": s["lr"], "optimizer": s["optimizer"],
+                    "check": s["check"], "steps": s["steps"], "lr": s["lr"], "optimizer": s["optimizer"],
                     "loss_before": report.loss_before, "loss_after": report.loss_after},
             "restored": report.restored,
             "timings": {"load_s": round(self.load_s, 3), "retrieve_s": round(retrieve_s, 3),
@@ -248,10 +248,11 @@ def parse_args(argv=None):
     parser.add_argument("--index", metavar="DIR", default="index/traces", help="a retrieval index made by retrieve.py")
     parser.add_argument("--encoder", metavar="DIR", help="default: the one the index was built with")
     parser.add_argument("--k", type=whole(0), default=10,
-                        help="neighbours that are trained on, nearest first (paper: 1)")
+                        help="neighbours that are trained on, nearest first; fewer than 4 are not asked whether that "
+                        "helps (paper: 1)")
     parser.add_argument("--context", type=whole(0), default=4,
-                        help="so many of the nearest also stand in the prompt, as earlier turns (paper: 0); with --k 0 "
-                        "they only stand there")
+                        help="so many of the nearest also stand in the prompt, as earlier turns, where the steps are "
+                        "kept or the nearest is near (paper: 0); with --k 0 they only stand there")
     parser.add_argument("--steps", type=whole(1), default=1, help="gradient steps on each neighbour (paper: 1)")
     parser.add_argument("--lr", type=number(0), default=6e-5, help="learning rate of these steps (paper: 1e-5)")
     parser.add_argument("--optimizer", choices=("signsgd", "adam", "sgd"), default="signsgd",
@@ -324,7 +325,10 @@ def answer_one(answerer, question, as_json, history=()):
         print(json.dumps(result, ensure_ascii=False), flush=True)
         return result
 
+    found = []
+
     def on_neighbours(neighbours):
+        found.extend(neighbours)
         for neighbour in neighbours:
             print(f"neighbour {neighbour['id']}  score {neighbour['score']:.3f}  {shorten(neighbour['instruction'])}"
                   + (f"  passed over: {neighbour['skipped']}" if "skipped" in neighbour else ""), flush=True)
@@ -335,6 +339,8 @@ def answer_one(answerer, question, as_json, history=()):
             print(f"adapted: loss on the nearest {change}")
         else:
             print(f"not adapted: {report.reason}")
+        if shown := [str(neighbour["id"]) for neighbour in found if "in_prompt" in neighbour]:
+            print("in the prompt: neighbours " + ", ".join(shown))
         print(flush=True)
     # The answer's own headings, "## Thought" and "## Summarization", set its parts apart.
     result = answerer.answer(question, history, on_neighbours, on_adapted,

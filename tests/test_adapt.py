@@ -291,3 +291,10 @@ def test_the_check_by_hand(steps, second, third, fourth, taken, monkeypatch):
         assert taken == 3 and sum(updates) == 3 * steps
     except adapt.NotFinite:
         assert taken == 2 and sum(updates) == 2 * steps
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_alone_that_is_not_finite_is_named_before_any_step(value, monkeypatch):
+    monkeypatch.setattr(adapt, "example_loss", lambda model, example: torch.tensor(value if example == 2 else 1.0))
+    with pytest.raises(adapt.NotFinite, match=rf"the losses on the next neighbours are \[1.0, {value}, 1.0\]"):
+        adapt.take_steps(tiny(), [0, 1, 2, 3], None, 1, check=True)

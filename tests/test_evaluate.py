@@ -222,7 +222,22 @@ def test_the_arm_of_the_program_has_records_in_the_prompt_where_its_steps_help_o
             assert undone == pytest.approx(none if score == 9.0 else context, abs=1e-4) and none != context
             assert kept == both and not rows[number, arms[1]]["applied"] and rows[number, arms[2]]["applied"]
             assert rows[number, arms[1]]["reason"].startswith("the loss on the next 3 neighbours changed by")
+            assert [rows[number, arm].get("in_prompt") for arm in arms] == [None, 2 * (score < 0), 2, None, None]
         assert checks == [(5, True)] * 2 + [(3, True)] * 2 + [(3, False)] * 2
+
+
+def test_an_arm_is_the_same_whatever_other_arms_stand_beside_it(files, base, tmp_path, monkeypatch):
+    """More records in the prompt than are trained on are looked up; and only those in the prompt say whether one is
+    near, not the further ones of another arm."""
+    monkeypatch.setattr(evaluate, "near_enough", lambda run, records: len(records) > 2)
+    arms, flags = ("nearest+context:k=1,context=3,lr=1e-3", "random-ttt:k=5,context=2,lr=1e-9"), ["--limit", "1"]
+    alone, beside = (run(files, base, tmp_path / str(len(more)), "bpb", *flags, "--arms", *arms, *more)
+                     for more in ((), ("none", "random-context:k=8")))
+    for arm in arms:
+        assert alone[1, arm] | {"masked": {}} == beside[1, arm] | {"masked": {}}  # counted over the records of all arms
+    assert [len(alone[1, arm]["neighbours"]) for arm in arms] == [3, 5]
+    assert beside[1, arms[1]]["in_prompt"] == 0 and beside[1, arms[1]]["nats"] == pytest.approx(
+        beside[1, "none"]["nats"], abs=1e-4)
 
 
 def test_generated_texts_do_not_depend_on_the_batch_and_are_read_strictly(files, base, tmp_path, monkeypatch):

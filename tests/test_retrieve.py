@@ -347,6 +347,16 @@ def test_the_typical_score_is_the_median_of_the_nearest_others(monkeypatch):
     np.fill_diagonal(scores, -2)
     manifest = {"factory": "Flat", "encoder": {"directory": "e"}}
     index = retrieve.Index(vectors, [{}] * 41, manifest)
-    assert index.typical_score() == pytest.approx(np.median(scores.max(1)), abs=1e-6)
-    assert index.typical_score(sample=14) == pytest.approx(np.median(scores.max(1)[::3]), abs=1e-6)
+    assert index.typical_score() == pytest.approx(np.median(scores.max(1)), abs=1e-4)
+    assert index.typical_score(sample=14) == pytest.approx(np.median(scores.max(1)[::3]), abs=1e-4)
     assert retrieve.Index(vectors[:1], [{}], manifest).typical_score() == np.inf
+
+
+@pytest.mark.parametrize("found, scores, expected", [
+    ([[0, 1], [1, -1], [2, -1]], [[1, 0.5], [1, -3e38], [1, -3e38]], 0.5),  # two records are alone in their cells
+    ([[0, -1], [1, -1], [2, -1]], [[1, -3e38]] * 3, np.inf), ([[1, 2], [2, 0], [0, 1]], [[1.0000001] * 2] * 3, 1.0)])
+def test_the_typical_score_counts_only_what_was_found_and_is_rounded_as_scores_are(found, scores, expected,
+                                                                                  monkeypatch):
+    index = retrieve.Index(np.eye(3, dtype=np.float32), [{}] * 3, {"factory": "Flat", "encoder": {"directory": "e"}})
+    monkeypatch.setattr(index, "search", lambda vectors, k: (np.array(scores, np.float32), np.array(found)))
+    assert index.typical_score() == expected

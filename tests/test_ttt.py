@@ -1,4 +1,4 @@
-"""ttt.py: one step by hand, what steps do to the loss, and the program around them (test_snapshot.py: the way back)."""
+"""ttt.py: what the program trains on, shows, prints and writes (test_adapt.py: the steps)."""
 import argparse
 import contextlib
 import io
@@ -230,8 +230,8 @@ def test_json_output_is_complete(toy, run):
     result = json.loads(out.stdout)
     assert list(result) == ["question", "answer", "thought", "summary", "finish_reason", "neighbours", "ttt",
                             "restored", "timings", "model", "disclaimer"]
-    assert set(result["ttt"]) == {"applied", "reason", "k", "context", "steps", "lr", "optimizer", "loss_before",
-                                  "loss_after"}
+    assert set(result["ttt"]) == {"applied", "reason", "k", "context", "check", "steps", "lr", "optimizer",
+                                  "loss_before", "loss_after"}
     assert set(result["timings"]) == {"load_s", "retrieve_s", "adapt_s", "generate_s", "restore_s", "tokens_per_s"}
     assert result["ttt"]["applied"] and result["ttt"]["k"] == 1 == len(result["neighbours"]) and result["restored"]
     assert result["ttt"]["loss_after"] < result["ttt"]["loss_before"] and result["finish_reason"] == "length"
@@ -245,6 +245,8 @@ def test_text_output_and_switching_it_off(toy, run, tmp_path):
     arguments += ["--always"]
     adapted = run(*arguments, "--index", toy / "index", "--system", tmp_path / "system.txt").stdout
     assert "neighbour" in adapted and "loss on the nearest" in adapted and "Not medical advice" in adapted
+    nearest = re.findall(r"^neighbour (\d+)  score", adapted, re.M)
+    assert len(nearest) == 10 and f"in the prompt: neighbours {nearest[0]}" in adapted
     plain = run(*arguments, "--no-ttt", "--index", "no/such/index").stdout
     assert "not adapted: switched off" in plain and "neighbour " not in plain
 
