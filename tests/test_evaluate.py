@@ -230,12 +230,12 @@ def test_an_arm_is_the_same_whatever_other_arms_stand_beside_it(files, base, tmp
     """More records in the prompt than are trained on are looked up; and only those in the prompt say whether one is
     near, not the further ones of another arm."""
     monkeypatch.setattr(evaluate, "near_enough", lambda run, records: len(records) > 2)
-    arms, flags = ("nearest+context:k=1,context=3,lr=1e-3", "random-ttt:k=5,context=2,lr=1e-9"), ["--limit", "1"]
-    alone, beside = (run(files, base, tmp_path / str(len(more)), "bpb", *flags, "--arms", *arms, *more)
-                     for more in ((), ("none", "random-context:k=8")))
-    for arm in arms:
-        assert alone[1, arm] | {"masked": {}} == beside[1, arm] | {"masked": {}}  # counted over the records of all arms
-    assert [len(alone[1, arm]["neighbours"]) for arm in arms] == [3, 5]
+    arms = "nearest+context:k=1,context=3,lr=1e-3", "random-ttt:k=5,context=2,lr=1e-9"
+    beside = run(files, base, tmp_path / "beside", "bpb", "--limit", "1", "--arms", *arms, "none", "random-context:k=8")
+    for arm, wanted in zip(arms, (3, 5)):
+        alone = run(files, base, tmp_path / str(wanted), "bpb", "--limit", "1", "--arms", arm)[1, arm]
+        assert len(alone["neighbours"]) == wanted  # and masked are counted over the records of all arms
+        assert alone | {"masked": {}} == beside[1, arm] | {"masked": {}}
     assert beside[1, arms[1]]["in_prompt"] == 0 and beside[1, arms[1]]["nats"] == pytest.approx(
         beside[1, "none"]["nats"], abs=1e-4)
 
