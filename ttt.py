@@ -324,7 +324,10 @@ def answer_one(answerer, question, as_json, history=()):
         print(json.dumps(result, ensure_ascii=False), flush=True)
         return result
 
+    found = []
+
     def on_neighbours(neighbours):
+        found.extend(neighbours)
         for neighbour in neighbours:
             print(f"neighbour {neighbour['id']}  score {neighbour['score']:.3f}  {shorten(neighbour['instruction'])}"
                   + (f"  passed over: {neighbour['skipped']}" if "skipped" in neighbour else ""), flush=True)
@@ -335,6 +338,8 @@ def answer_one(answerer, question, as_json, history=()):
             print(f"adapted: loss on the nearest {change}")
         else:
             print(f"not adapted: {report.reason}")
+        if shown := sum("in_prompt" in neighbour for neighbour in found):
+            print(f"in the prompt: the nearest {shown}")
         print(flush=True)
     # The answer's own headings, "## Thought" and "## Summarization", set its parts apart.
     result = answerer.answer(question, history, on_neighbours, on_adapted,
