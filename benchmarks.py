@@ -12,6 +12,7 @@ names two letters is no answer. `flattering` gives the letters that laxer scorer
 
     python evaluate.py --help
 """
+import argparse
 import re
 import string
 import sys
@@ -204,6 +205,14 @@ def read_benchmark(name, path, *, cluster=None, limit=None):
               f"of them the right option's (the first: {repeated[0].where}); one letter is scored as right",
               file=sys.stderr)
     return questions
+
+
+def kind_and_file(text):
+    """An argparse type: "medqa=FILE" as ("medqa", "FILE"), the two that `read_benchmark` takes."""
+    kind, _, file = text.partition("=")
+    if not file or kind not in SHAPES:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected KIND=FILE with one of {', '.join(SHAPES)}")
+    return kind, file
 
 
 def group_of(row, cluster):

@@ -45,6 +45,7 @@ from benchmarks import (
     continuations,
     extracted,
     flattering,
+    kind_and_file,
     read_benchmark,
 )
 from chat import render_chat
@@ -280,7 +281,8 @@ def load(run):
     if any(arm.train or arm.context for arm in args.arms):
         run.index = Index.load(args.index)
         run.encoder = run.index.load_encoder(args.encoder, run.world.device)
-        run.typical_score = run.index.typical_score()
+        if any(arm.check for arm in args.arms):
+            run.typical_score = run.index.typical_score()
     run.model = load_model(args.model, run.world.device, DTYPES[args.dtype])
 
 
@@ -390,10 +392,7 @@ def parse_args(argv):
     parser = Parser(prog="evaluate.py" + " ladder" * several, description=__doc__, epilog=None if several else
                     "evaluate.py compare A B, evaluate.py ladder --help and evaluate.py leaks --help do the rest",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def flag(name, text, default=None, **more):
-        shown = "" if default is None or more.get("required") else f" (default: {more.pop('says', default)})"
-        parser.add_argument(name, default=default, help=text + shown, **more)
+    flag = parser.flag
     if several:
         flag("--models", "the rungs, from the bottom up", required=True, nargs="+", metavar="DIR")
         flag("--benchmark", "one or more: its kind and its file", required=True, nargs="+", metavar="KIND=FILE",
@@ -461,13 +460,6 @@ def checked(parser, args, kinds):
                      f"--arms {' '.join(names)} does not use this")
     args.system = read_text(args.system, f"--system {args.system}") if args.system else None
     return args
-
-
-def kind_and_file(text):
-    kind, equals, file = text.partition("=")
-    if not equals or kind not in SHAPES:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected KIND=FILE with one of {', '.join(SHAPES)}")
-    return kind, file
 
 
 def compare_command(argv):

@@ -99,6 +99,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message)
 
+    def flag(self, name, text, default=None, *, says=None, **more):
+        """add_argument whose help ends with the default, or with `says` in its place, unless the flag is required."""
+        shown = "" if default is None or more.get("required") else f" (default: {default if says is None else says})"
+        self.add_argument(name, default=default, help=text + shown, **more)
+
 
 def whole(least, most=2**63 - 1):
     """An argparse type: a whole number of at least `least` that fits 64 bits."""

@@ -35,7 +35,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import SHAPES, read_benchmark
+from benchmarks import kind_and_file, read_benchmark
 from calls import Reply, Store, export_batch, import_batch, json_in, key_of
 from dataset import card, corpus, data_rows, line_of, release, report, rows_in
 from files import (
@@ -290,19 +290,9 @@ def price(text):
     return model, (read, wrote)
 
 
-def kind_and_file(text):
-    kind, _, file = text.partition("=")
-    if not file or kind not in SHAPES:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected KIND=FILE with one of {', '.join(SHAPES)}")
-    return kind, file
-
-
 def parse_args(argv):
     parser = Parser(prog="synth.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def flag(name, text, default=None, **more):
-        shown = "" if default is None else f" (default: {default})"
-        parser.add_argument(name, default=default, help=text + shown, **more)
+    flag = parser.flag
     commands = ("run", "preview", *CHAIN, "judge", "report", "export-batch", "import-batch")
     parser.add_argument("command", choices=commands, metavar="COMMAND",
                         help=f"run, preview N, report, export-batch, import-batch, a stage: {', '.join(CHAIN)}, judge")

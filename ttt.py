@@ -81,6 +81,11 @@ class Answerer:
         """The tokens that the model's context holds."""
         return self.model.config.max_position_embeddings
 
+    @property
+    def room(self):
+        """Tokens that the prompt must leave for the answer."""
+        return min(self.settings["max_new_tokens"], self.context // 2)
+
     def example(self, i, system):
         """Record i of the index as (ids, labels), under the system message of the question if there is one. InputError
         for a record that has no answer to learn from."""
@@ -96,11 +101,11 @@ class Answerer:
     def with_neighbours(self, ids, question, history, neighbours):
         """(the prompt with the nearest neighbours as its first turns, the nearest last, beside the question; these
         neighbours). Those that would take the answer's room are left out, the farthest first."""
-        turns, shown, room = [], [], min(self.settings["max_new_tokens"], self.context // 2)
+        turns, shown = [], []
         for neighbour in [one for one in neighbours if "skipped" not in one][:self.settings["context"]]:
             messages = [one for one in messages_of(self.index.records[neighbour["id"]]) if one["role"] != "system"]
             longer = prompt_ids(self.tokenizer, self.settings["system"], question, [*messages, *turns, *history])
-            if len(longer) + room > self.context:
+            if len(longer) + self.room > self.context:
                 break
             ids, turns, shown = longer, [*messages, *turns], [*shown, neighbour]
         return ids, shown
@@ -109,8 +114,8 @@ class Answerer:
         """`history` without the oldest turns that leave too little room for an answer to `question`; says so.
         InputError for a question that does not fit alone."""
         check_length(prompt_ids(self.tokenizer, self.settings["system"], question), self.context)
-        room, dropped = min(self.settings["max_new_tokens"], self.context // 2), 0
-        while history and len(prompt_ids(self.tokenizer, self.settings["system"], question, history)) + room \
+        dropped = 0
+        while history and len(prompt_ids(self.tokenizer, self.settings["system"], question, history)) + self.room \
                 > self.context:
             history, dropped = history[2:], dropped + 1
         if dropped:

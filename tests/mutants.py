@@ -127,7 +127,7 @@ MUTANTS = {
         ("longer = prompt_ids(self.tokenizer, self.settings[\"system\"], question, [*messages, *turns, *history])",
          "longer = prompt_ids(self.tokenizer, self.settings[\"system\"], question, [*turns, *messages, *history])",
          "test_ttt.py::test_neighbours_in_the_prompt_stand_as_those_of_the_context_arm"),
-        ("if len(longer) + room > self.context:", "if len(longer) > self.context:",
+        ("if len(longer) + self.room > self.context:", "if len(longer) > self.context:",
          "test_ttt.py::test_neighbours_that_would_take_the_answers_room_stay_out_of_the_prompt"),
         (SHOWN.format(">="), SHOWN.format("<"), NEAR),
         (SHOWN.format(">="), SHOWN.format(">=").replace("report.applied", "False"), NEAR),
