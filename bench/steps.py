@@ -96,29 +96,63 @@ def docstrings():
     return list(found.values())[::max(1, len(found) // 600)]
 
 
+def sift(query, points, n, noise=0.01):
+    """n of `points` [N, D] by SIFT (arXiv 2410.08020, λ = `noise`): each leaves the variance of the query's value under
+    a Gaussian process with kernel x·y smallest, so a point that says the same as one before brings little."""
+    points = np.stack([query, *points])
+    covariance, chosen = points @ points.T, []
+    for _ in range(min(n, len(points) - 1)):
+        gain = covariance[0] ** 2 / (covariance.diagonal() + noise)
+        gain[[0, *chosen]] = -1
+        chosen.append(i := int(gain.argmax()))
+        covariance = covariance - np.outer(covariance[:, i], covariance[i]) / (covariance[i, i] + noise)
+    return [i - 1 for i in chosen]
+
+
+def groups(rows, vectors, size=4):
+    """The rows in groups of the nearest: the first that is left, and those nearest to it."""
+    left = list(rows)
+    while left:
+        group = sorted(left, key=lambda i: -cosine(vectors[left[0]], vectors[i]))[:size]
+        yield group
+        left = [i for i in left if i not in group]
+
+
 def cells(args):
     """OUT/cells.json: {"records": {index: [row]}, "cells": {cell: {part: [question with its neighbours]}}}."""
     from encoder import Encoder
     encoder = Encoder.from_dir(MINILM)
     rows = [row for _, _, row in read_data(args.out / "rows.jsonl")]
-    vectors = encoder.encode([row["instruction"] for row in rows])
+    vectors, answers = (encoder.encode([row[field] for row in rows]) for field in ("instruction", "response"))
     pages, part = Counter(row["url"] for row in rows), np.array([row["part"] for row in rows])
     found, k = {}, PROTOCOL["neighbours"]
     records = {"medquad": rows}
 
-    def neighbours(question, vector, allowed, all_vectors, all_rows, rule):
-        """[(record, cosine)] nearest first, and random ones; without what gives the answer away."""
-        order = {"nearest": np.argsort(-(all_vectors @ vector), kind="stable"),
-                 "random": np.random.default_rng([PROTOCOL["seed"], question.number]).permutation(len(all_rows))}
-        lists = {}
-        for kind, ranking in order.items():
-            lists[kind] = []
+    def neighbours(group, allowed, all_vectors, all_rows, rule, answers=None):
+        """{list: [(record, cosine)]} without what gives an answer away, for [(question, its vector)], most often one.
+        With the vectors of the records' `answers` also "once" and "sift"."""
+        centre = np.mean([vector for _, vector in group], axis=0)
+
+        def unmasked(ranking, n):
+            found = []
             for i in map(int, ranking):
-                near = cosine(all_vectors[i], vector)
-                if allowed[i] and not reason_to_mask(question, all_rows[i], rule=rule, cosine=near):
-                    lists[kind].append((i, round(near, 4)))
-                    if len(lists[kind]) == k:
+                if allowed[i] and not any(reason_to_mask(question, all_rows[i], rule=rule,
+                                                         cosine=cosine(all_vectors[i], vector))
+                                          for question, vector in group):
+                    found.append((i, round(cosine(all_vectors[i], centre), 4)))
+                    if len(found) == n:
                         break
+            return found
+        nearest = unmasked(np.argsort(-(all_vectors @ centre), kind="stable"), k if answers is None else 5 * k)
+        lists = {"nearest": nearest[:k], "random": unmasked(np.random.default_rng(
+            [PROTOCOL["seed"], group[0][0].number]).permutation(len(all_rows)), k)}
+        if answers is not None:
+            once = []
+            for i, near in nearest:  # an answer that is there already counts once
+                if all(cosine(answers[i], answers[j]) < 0.95 for j, _ in once):
+                    once.append((i, near))
+            lists |= {"once": once[:k], "sift": [nearest[i] for i in sift(
+                centre, all_vectors[[i for i, _ in nearest]], k)]}
         return lists
     for cell in PROTOCOL["cells"]:
         model, setting = cell.split("-")
@@ -128,18 +162,25 @@ def cells(args):
                 question = question_of(int(i), rows[i])
                 if (pages[rows[i]["url"]] > 1) != (setting == "same") or len(asked) == PROTOCOL["questions"][name]:
                     continue
-                lists = neighbours(question, vectors[i], own & (np.arange(len(rows)) != i), vectors, rows,
-                                   "strict" if setting == "other" else "same-page")
+                allowed, rule = own & (np.arange(len(rows)) != i), "strict" if setting == "other" else "same-page"
+                lists = neighbours([(question, vectors[i])], allowed, vectors, rows, rule,
+                                   answers if name == "dev" else None)
                 if setting == "same" and rows[i]["url"] not in {rows[j]["url"] for j, _ in lists["nearest"]}:
                     continue
                 asked.append({"row": int(i), "from": "medquad", "of": "medquad", **lists})
+            for group in groups([one["row"] for one in asked], vectors) if name == "dev" else ():
+                members = [(question_of(i, rows[i]), vectors[i]) for i in group]
+                allowed = own & ~np.isin(np.arange(len(rows)), group)
+                shared = neighbours(members, allowed, vectors, rows, rule)["nearest"]
+                for one in asked:
+                    one.update({"group": shared} if one["row"] in group else {})
             found.setdefault(cell, {})[name] = asked
     if args.traces:
         traces = [row for _, _, row in read_data(args.traces)]
         records["traces"] = traces
         of_traces = encoder.encode([row["instruction"] for row in traces])
         asked = [{"row": i, "from": "traces", "of": "traces", **neighbours(
-            question_of(i, row), of_traces[i], np.arange(len(traces)) != i, of_traces, traces, "strict")}
+            [(question_of(i, row), of_traces[i])], np.arange(len(traces)) != i, of_traces, traces, "strict")}
             for i, row in enumerate(traces)]
         found |= {f"{model}-traces": {"test": asked} for model in ("base", "sft")}
     records["python"] = docstrings()
@@ -150,8 +191,8 @@ def cells(args):
         there = found[f"{model}-other"]["test"]
         found[f"{model}-shuffled"] = {"test": [one | {"of": "shuffled"} for one in there]}
         found[f"{model}-python"] = {"test": [one | {"of": "python", **neighbours(
-            question_of(one["row"], rows[one["row"]]), vectors[one["row"]], np.ones(len(of_python), bool), of_python,
-            records["python"], "off")} for one in there]}
+            [(question_of(one["row"], rows[one["row"]]), vectors[one["row"]])], np.ones(len(of_python), bool),
+            of_python, records["python"], "off")} for one in there]}
     write_json(args.out / "cells.json", {"records": records, "cells": found})
     for cell, parts in found.items():
         print(cell, {name: len(asked) for name, asked in parts.items()})
@@ -395,7 +436,7 @@ def trials_of(name, out):
         return [{"name": f"{method} {lr:g}", "method": method, "lr": lr, "cells": [cell], **settings}
                 for cell in PROTOCOL["cells"] for method, rates in grid["rates"].items()
                 for lr in rates.get(cell.split("-")[0], ())]
-    return PROTOCOL["test"] if name == "test" else json.loads((out / f"{name}.json").read_text())
+    return PROTOCOL[name] if name in ("test", "variants") else json.loads((out / f"{name}.json").read_text())
 
 
 def work(args, jobs, results):
