@@ -44,7 +44,17 @@ from benchmarks import Question  # noqa: E402
 from data import collate_answers, on_device, rounded_up  # noqa: E402
 from evaluate import answers_of  # noqa: E402
 from fast import answer_logps, causal_attention, embed, token_logps  # noqa: E402
-from files import InputError, Parser, appended, read_data, run_main, whole, write_json, written_aside  # noqa: E402
+from files import (  # noqa: E402
+    InputError,
+    Parser,
+    appended,
+    finished_rows,
+    read_data,
+    run_main,
+    whole,
+    write_json,
+    written_aside,
+)
 from leaks import reason_to_mask  # noqa: E402
 from model import load_model, rotary_table  # noqa: E402
 from ttt import open_tokenizer  # noqa: E402
@@ -466,11 +476,14 @@ def run_trials(args):
         if name == "dev":
             write_json(args.out / "dev.json", dev_trials(means(rows_of(args.out / "grid.jsonl")), args.out))
         path = args.out / f"{name}.jsonl"
-        done = {(row["cell"], row["row"], row["trial"], row["seed"]) for row in rows_of(path)}
+        done = Counter()  # rows of a question and trial: a kill may have cut one short
+        for row in rows_of(path):
+            done[row["cell"], row["row"], row["trial"], row["seed"]] += 99 if "failed" in row else 1
         jobs = [(cell, asked, trial, seed)
                 for trial in trials_of(name, args.out) for cell in trial["cells"] if cell.startswith(model)
                 for asked in data[cell]["test" if name == "test" else "dev"][:trial.get("questions")]
-                for seed in trial.get("seeds", [0]) if (cell, asked["row"], trial["name"], seed) not in done]
+                for seed in trial.get("seeds", [0])
+                if done[cell, asked["row"], trial["name"], seed] < len(trial["k"]) * (1 + len(trial["context"]))]
         begin, sent, measured = time.perf_counter(), 0, 0
         with appended(path) as append:
             while measured < len(jobs):
@@ -488,7 +501,7 @@ def run_trials(args):
 
 
 def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for _, row in finished_rows(path, b'{"cell": ')]
 
 # ----- choices -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,48 @@
+"""bench/steps.py: its flat step is adapt.py's, SIFT is the choice of its definition, groups hold the nearest."""
+import numpy as np
+import pytest
+import torch
+
+from adapt import make_update
+from bench import steps
+
+
+@pytest.mark.parametrize("kind, optimizer", [("sign", "signsgd"), ("sgd", "sgd")])
+def test_the_flat_step_is_the_step_of_the_program(kind, optimizer):
+    generator = torch.Generator().manual_seed(0)
+    weights, grad = (torch.randn(4096, generator=generator).mul_(scale).bfloat16() for scale in (0.05, 1e-3))
+    exact = weights.float()
+    make_update(optimizer, 1e-3, generator)(exact, grad)
+    nearest = steps.stepped(weights, grad, None, None, torch.tensor(1e-3), kind, None, None)
+    torch.testing.assert_close(nearest, exact.bfloat16(), rtol=0, atol=0)
+    noise = torch.randint(-2**31, 2**31 - 1, (4096,), generator=generator, dtype=torch.int32)
+    total = torch.zeros(4096)
+    for _ in range(2000):
+        factor = torch.randint(-2**31, 2**31 - 1, (), generator=generator, dtype=torch.int32) | 1
+        total += steps.stepped(weights, grad, noise, factor, torch.tensor(1e-3), kind, None, None).float()
+    gap = torch.finfo(torch.bfloat16).eps * exact.abs()  # at least half of the distance between two bf16 numbers
+    assert ((total / 2000 - exact).abs() / gap).mean() < 0.02
+
+
+def test_sift_leaves_the_least_variance():
+    """Against the posterior variance of a Gaussian process, solved anew for every choice."""
+    points = np.random.default_rng(0).normal(size=(12, 4))
+    points = points / np.linalg.norm(points, axis=1, keepdims=True)
+    points[5] = points[2] = 0.9 * points[0] + 0.1 * points[2]  # two of the same, near the query
+    query, records = points[0], points[1:]
+
+    def variance(chosen):
+        x = records[chosen]
+        return query @ query - query @ x.T @ np.linalg.solve(x @ x.T + 0.01 * np.eye(len(x)), x @ query)
+    chosen = steps.sift(query, records, 6)
+    for n in range(6):
+        others = [i for i in range(11) if i not in chosen[:n]]
+        assert variance(chosen[:n + 1]) == pytest.approx(min(variance([*chosen[:n], i]) for i in others))
+    assert chosen[0] in (1, 4) and not {1, 4} <= {*chosen[:3]}
+    assert sorted(steps.sift(query, records, 20)) == list(range(11))
+
+
+def test_groups_hold_each_question_once_and_its_nearest():
+    angles = np.array([0.0, 2.0, 0.1, 2.1, 0.2, 4.0])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    assert list(steps.groups([0, 1, 2, 3, 4, 5], vectors, size=3)) == [[0, 2, 4], [1, 3, 5]]
