@@ -279,10 +279,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.recipe == "paper":
         paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam"}
+        parser.set_defaults(**paper)
+        args = parser.parse_args(argv)
         for name, value in paper.items():
-            if getattr(args, name) not in (value, parser.get_default(name)):
+            if getattr(args, name) != value:
                 parser.error(f"--recipe paper and --{name} {getattr(args, name)}: expected one of them")
-            setattr(args, name, value)
     if hasattr(args, "questions") != bool(args.out):
         parser.error("--questions and --out go together: one file to read, one to write")
     if args.out and args.out.endswith(".gz"):
