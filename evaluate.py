@@ -26,6 +26,7 @@ that was killed goes on where it stopped and ends in the same file), timings.jso
 """
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -37,7 +38,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from adapt import adapted
+from adapt import CHECKED, FALL, adapted
 from arms import Evaluation, arm_of, ending, example_of, messages_before, prompt_of, records_of_kinds
 from benchmarks import (
     SHAPES,
@@ -297,7 +298,8 @@ def settings_of(args):
              "max_new_tokens", "temperature", "top_p", "batch_size", "system", "seed", "dtype", "primary")
     with_index = any(arm.train or arm.context for arm in args.arms)
     return {flag: getattr(args, flag) for flag in flags} | {
-        "arms": {arm.name: arm.k for arm in args.arms}, "model": str(args.model), "weights": weights_sha256(args.model),
+        "arms": {arm.name: dataclasses.asdict(arm) | ({"checked": CHECKED, "fall": FALL} if arm.check else {})
+                 for arm in args.arms}, "model": str(args.model), "weights": weights_sha256(args.model),
         "data": str(args.data), "data_sha256": sha256(args.data), "index": str(args.index) if with_index else None,
         "index_manifest": sha256(Path(args.index) / "manifest.json") if with_index else None}
 

@@ -35,8 +35,8 @@ def cells_of(folders):
         seconds = {}
         for _, timing in finished_rows(folder / "timings.jsonl", b'{"arm": '):
             seconds.setdefault(timing["arm"], []).append(timing["seconds"] / timing["questions"])
-        for arm, own in rows.items():
-            own = sorted(own, key=lambda row: row["number"])
+        for arm in settings["arms"]:
+            own = sorted(rows[arm], key=lambda row: row["number"])
             of = cells.setdefault(name, {}).setdefault(arm, {"bpb": [], "seconds": [], "kept": Counter(),
                                                              "groups": [row["group"] for row in own]})
             of["bpb"].append([row["bpb"] for row in own])

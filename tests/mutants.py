@@ -39,6 +39,8 @@ KEY = "test_calls.py::test_the_key_is_a_hash_of_model_messages_parameters_and_sc
 CHOICE = "test_prompts.py::test_the_choice_between_two_questions"
 BATCHED = "test_synth.py::test_a_batch_that_another_engine_answered_is_the_online_run"
 
+SIFT = "test_steps.py::test_sift_leaves_the_least_variance"
+
 # {file: [(old line, new line, the test that must fail), …]}; lines without their indentation
 MUTANTS = {
     "generate.py": [
@@ -110,6 +112,8 @@ MUTANTS = {
         ("if not off <= ROUNDING[run.args.dtype]:", "if off > 1e9:",
          "test_dpo.py::test_a_reference_of_another_model_is_noticed_before_the_first_step")],
     "ttt.py": [
+        ("parser.set_defaults(**paper)", "pass",
+         "test_ttt.py::test_wrong_input_is_one_line_and_status_2"),
         ("hold(args.out)", "pass", "test_ttt.py::test_two_runs_do_not_write_one_file_of_answers"),
         ("check_questions(questions, settings)", "pass",
          "test_ttt.py::test_a_question_that_does_not_fit_is_refused_before_anything_is_loaded"),
@@ -159,7 +163,26 @@ MUTANTS = {
         ('gains[row["arm"]].append((nearest, better * (row[key] - before[row["number"]])))',
          'gains[row["arm"]].append((nearest, row[key] - before[row["number"]]))',
          "test_plot.py::test_gain_is_drawn_against_the_nearest_score_arm_by_arm")],
+    "bench/steps.py": [
+        ("gain = covariance[0] ** 2 / (covariance.diagonal() + noise)", "gain = covariance[0]", SIFT),
+        ("covariance = covariance - np.outer(covariance[:, i], covariance[i]) / (covariance[i, i] + noise)", "pass",
+         SIFT),
+        ("exact = weights.float() - lr * d", "exact = weights.float() + lr * d",
+         "test_steps.py::test_the_flat_step_is_the_step_of_the_program"),
+        ("left = [i for i in left if i not in group]", "left = left[size:]",
+         "test_steps.py::test_groups_hold_each_question_once_and_its_nearest")],
+    "bench/gain.py": [
+        ('of["bpb"].append([row["bpb"] for row in own])', 'of["bpb"] = [[row["bpb"] for row in own]]',
+         "test_gain.py::test_an_arm_in_percent_of_none"),
+        ('own = sorted(rows[arm], key=lambda row: row["number"])', "own = rows[arm]",
+         "test_gain.py::test_an_arm_in_percent_of_none"),
+        ('found, worse = stats.paired(a, b, arm["groups"]), stats.worse_share(1 - b / a, 0.01)',
+         'found, worse = stats.paired(a, b, arm["groups"]), stats.worse_share(b / a - 1, 0.01)',
+         "test_gain.py::test_an_arm_in_percent_of_none")],
     "evaluate.py": [
+        ('"arms": {arm.name: dataclasses.asdict(arm) | ({"checked": CHECKED, "fall": FALL} if arm.check else {})',
+         '"arms": {arm.name: dataclasses.asdict(arm)',
+         "test_evaluate.py::test_an_arm_whose_settings_have_changed_is_another"),
         ("if arm.check and not (report.applied or near_enough(run, shown)):",
          "if arm.check and not report.applied:",
          "test_evaluate.py::test_the_arm_of_the_program_has_records_in_the_prompt_where_its_steps_help_or_one_is_near"),

@@ -13,6 +13,7 @@ import torch
 from conftest import held_elsewhere, random_texts, tiny_sentencepiece, tiny_vocabulary, write_jsonl
 from ranks import run_ranks
 
+import arms as arms_module
 import evaluate
 import model as M
 import retrieve
@@ -364,6 +365,16 @@ def test_the_primary_comparison_cannot_be_named_afterwards(files, base, whole):
     for flags, reason in ((turned, "arms was"), ([*SIX, "--primary", "none", ARMS[1]], "primary was None and is")):
         with pytest.raises(InputError, match=reason):
             run(files, base, whole, "bpb", *flags)
+
+
+def test_an_arm_whose_settings_have_changed_is_another(files, base, tmp_path, monkeypatch):
+    """The arm keeps its name, and the first of the three settings stands in another file than the next two."""
+    arms = ["--limit", "1", "--arms", "none", "random-ttt:k=4"]
+    run(files, base, tmp_path / "run", "bpb", *arms)
+    for change in ((evaluate, "FALL", 0.5), (arms_module.TTT, "lr", 1e-5), (arms_module.TTT, "context_k", 1)):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="arms was"):
+            (patch.setattr if change[0] is evaluate else patch.setitem)(*change)
+            run(files, base, tmp_path / "run", "bpb", *arms)
 
 
 def test_two_runs_do_not_write_one_folder(files, base, tmp_path):
