@@ -159,6 +159,7 @@ class Report:
     """The outcome of `adapted`: whether a step was applied and, if not, why; the loss on the nearest example before and
     after; seconds."""
     applied: bool = False
+    sure: bool = False  # no step was asked for, because `sure` gave a reason
     reason: str | None = None
     loss_before: float | None = None
     loss_after: float | None = None
@@ -169,7 +170,7 @@ class Report:
 
 @contextlib.contextmanager
 def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, activation_checkpointing=None,
-            snapshot_device=None, loss_after=True, check=False):
+            snapshot_device=None, loss_after=True, check=False, sure=None):
     """Context manager: inside it the model has taken its steps on `examples`, after it the model is as it was before.
 
     examples: [(ids, labels), …] as `data.training_example` makes them, nearest first. Yields a Report. Whatever leaves
@@ -179,6 +180,7 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
     gradient or step is not finite, or with `check` where steps do not help the next examples (see take_steps), the
     block runs with the weights as they were and the report says why. `loss_after`
     False saves the forward pass that measures the gain, and with it the check that this loss is finite.
+    `sure`: called first, with the weights as they are; where it returns a reason, no step is taken, for that reason.
     The activations of a model of more than a billion parameters are computed again in backward, unless told otherwise.
     `snapshot_device` is where the original weights wait: by default as `place_for_snapshot` says.
     """
@@ -191,8 +193,10 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
             raise RuntimeError(model.unusable)
         start = time.perf_counter()
         examples = [example for example in examples if any(label != -100 for label in example[1])]
-        if not examples:
-            report.reason, report.restored = "no neighbour to learn from", True
+        reason = sure() if sure else None
+        report.sure = reason is not None
+        if report.sure or not examples:
+            report.reason, report.restored = reason or "no neighbour to learn from", True
             yield report
             return
         snapshot = Snapshot(model, snapshot_device or place_for_snapshot(

@@ -27,6 +27,7 @@ that was killed goes on where it stopped and ends in the same file), timings.jso
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -84,7 +85,7 @@ from report import (
     with_holm,
 )
 from retrieve import Index
-from ttt import default_model, open_tokenizer, system_message
+from ttt import SURE, default_model, open_tokenizer, reason_if_sure, system_message
 from weights import DTYPES, stop_ids_of, weights_sha256
 
 # ----- measures ------------------------------------------------------------------------------------------------------
@@ -181,11 +182,14 @@ def measured(run, questions, arms):
             for question, prompt in asked:
                 examples = [example_of(run, messages, was_cut)
                             for _, _, messages, was_cut in arm.trained(records[question.number, arm.train])]
+                alone, stops = prompt_of(run, question), run.stop_ids or {run.tokenizer.end_of_turn()}
+                sure = functools.partial(reason_if_sure, run.model, alone, stops) if arm.check else None
                 with adapted(run.model, examples, steps=arm.steps, lr=arm.lr, optimizer=arm.optimizer,
-                             seed=run.args.seed, loss_after=False, check=arm.check) as report:
+                             seed=run.args.seed, loss_after=False, check=arm.check, sure=sure) as report:
                     shown = arm.in_prompt(records[question.number, arm.context]) if arm.context else []
-                    if arm.check and not (report.applied or near_enough(run, shown)):
-                        prompt, shown = prompt_of(run, question), []  # as ttt.py does
+                    near = not report.sure and near_enough(run, shown)
+                    if arm.check and not (report.applied or near):
+                        prompt, shown = alone, []  # as ttt.py does
                     found += measure(run, [(question, prompt)])
                 found[-1] |= {"applied": report.applied} | ({"in_prompt": len(shown)} if arm.check else {}) | (
                     {"reason": report.reason} if report.reason else {})
@@ -203,7 +207,7 @@ def measured(run, questions, arms):
 
 
 def near_enough(run, records):
-    """Whether the nearest record is nearer than half of the index's records are to theirs."""
+    """Whether the nearest record is as near as three quarters of the index's records are to theirs."""
     return max((score for _, score, _, _ in records), default=-math.inf) >= run.typical_score
 
 
@@ -297,9 +301,10 @@ def settings_of(args):
     flags = ("benchmark", "limit", "cluster", "measure", "prompt", "by", "leaks", "record_tokens", "answer_tokens",
              "max_new_tokens", "temperature", "top_p", "batch_size", "system", "seed", "dtype", "primary")
     with_index = any(arm.train or arm.context for arm in args.arms)
+    asked = {"checked": CHECKED, "fall": FALL, "sure": SURE}
     return {flag: getattr(args, flag) for flag in flags} | {
-        "arms": {arm.name: dataclasses.asdict(arm) | ({"checked": CHECKED, "fall": FALL} if arm.check else {})
-                 for arm in args.arms}, "model": str(args.model), "weights": weights_sha256(args.model),
+        "arms": {arm.name: dataclasses.asdict(arm) | (asked if arm.check else {}) for arm in args.arms},
+        "model": str(args.model), "weights": weights_sha256(args.model),
         "data": str(args.data), "data_sha256": sha256(args.data), "index": str(args.index) if with_index else None,
         "index_manifest": sha256(Path(args.index) / "manifest.json") if with_index else None}
 

@@ -53,6 +53,18 @@ def generate(model, ids, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, to
             return
 
 
+def doubt(model, ids, stop_ids=(), n=32):
+    """Mean −log p, in nats, of the n tokens (or up to a stop) that the model writes greedily after the prompt `ids`.
+
+    Low where it knows what to say. `ids` as in `generate`.
+    """
+    tokens = list(generate(model, ids, max_new_tokens=n, temperature=0, stop_ids=stop_ids))
+    read, labels = (torch.tensor([row], device=model.norm.weight.device)
+                    for row in ([*ids, *tokens[:-1]], [*[-100] * (len(ids) - 1), *tokens]))
+    with torch.inference_mode():
+        return -model(read, labels=labels).sum().item() / len(tokens)
+
+
 def room(model, ids, name="the prompt"):
     """The number of tokens that the model's context allows after `ids`; InputError when these do not fit."""
     limit = model.config.max_position_embeddings

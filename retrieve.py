@@ -96,14 +96,14 @@ class Index:
         return self.faiss.search(np.ascontiguousarray(vectors, dtype=np.float32), min(k, len(self.records)))
 
     def typical_score(self, sample=1000):
-        """The median score of a record's nearest other record, over every n-th of at most `sample`, to four places as
-        scores are reported; inf where no record finds another. A question that scores higher lies where the index is
-        dense."""
+        """The score that three quarters of the records have with their nearest other, over every n-th of at most
+        `sample`, to four places as scores are reported; inf where no record finds another. A question whose nearest
+        record scores less lies where the index holds little."""
         ids = np.arange(0, len(self.records), -(-len(self.records) // sample))
         scores, found = self.search(self.vectors[ids], 2)
         nobody = (found == ids[:, None]) | (found < 0)  # itself, and what another factory than Flat did not find
         others = np.where(nobody, -np.inf, scores).max(1)[~nobody.all(1)]  # equal records: the other may come first
-        return round(float(np.median(others)), 4) if len(others) else np.inf
+        return round(float(np.quantile(others, 0.25)), 4) if len(others) else np.inf
 
     def save(self, directory):
         """Writes vectors.safetensors, records.jsonl and manifest.json aside, then renames: the old index or the new."""

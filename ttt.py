@@ -8,11 +8,14 @@
 Source: FineMedLM-o1 (arXiv 2501.09213, section on test-time training: one step of Adam at 1e-5 on one neighbour, which
 `--recipe paper` does). adapt.py has the steps and the way back.
 
-The default, found on held-out questions (bench/README.md): k = 10, lr = 6e-5, four neighbours in the prompt, and the
-neighbours say whether that helps. Steps go on where the loss on neighbours 2 to 4, each just before its own step, has
-fallen; else they are undone, as nearly always after SFT. Fewer than four (--k 3) are not asked: their steps stay. In
-the prompt neighbours stand where the steps are kept, because such a model does not know the form of an answer yet, or
-where the nearest is nearer than half of the index's records are to theirs, because it may hold the answer.
+The default, found on held-out questions (bench/README.md): k = 10, lr = 6e-5, four neighbours in the prompt, where
+that helps. Three things are asked first:
+
+    the model        is it sure of its own answer? Then nothing is done: neighbours disturb what it knows.
+    the neighbours   has the loss on neighbours 2 to 4, each just before its own step, fallen? Else the steps are
+                     undone, as nearly always after SFT. Fewer than four (--k 3) are not asked.
+    the index        is the nearest as near as three quarters of the records are to theirs? Then it may hold the answer,
+                     and neighbours stand in the prompt, as they do where the steps are kept.
 
     python ttt.py --question "…"                                    one question
     python ttt.py --questions FILE.jsonl --out ANSWERS.jsonl        many; run again to go on where it stopped
@@ -45,7 +48,7 @@ from files import (
     sha256,
     whole,
 )
-from generate import generate
+from generate import doubt, generate
 from model import LlamaConfig, load_model
 from parallel import pick_device
 from retrieve import Index
@@ -54,6 +57,7 @@ from tokenizer import Tokenizer, check_unicode, notice_of, stream_text
 from weights import DTYPES, stop_ids_of, weights_sha256
 
 MAX_TRACE_TOKENS = 6144  # upstream's maximum length in training; a longer trace is cut at its end
+SURE = 0.3  # nats a token: every token with a probability of three quarters
 
 # ----- a question ----------------------------------------------------------------------------------------------------
 
@@ -153,10 +157,12 @@ class Answerer:
             on_neighbours(neighbours)
         self.threads.leave_busy_cores()
         with adapted(self.model, examples, steps=s["steps"], lr=s["lr"], optimizer=s["optimizer"],
-                     seed=s["seed"], check=s["check"]) as report:
+                     seed=s["seed"], check=s["check"], sure=(lambda: reason_if_sure(self.model, ids, self.stop_ids))
+                     if s["check"] and neighbours else None) as report:
             if not s["ttt"] or not s["k"]:
                 report.reason = "switched off"
-            if shown and (not s["check"] or report.applied or shown[0]["score"] >= self.typical_score):
+            near = not s["check"] or (shown and not report.sure and shown[0]["score"] >= self.typical_score)
+            if shown and (report.applied or near):
                 ids = longer
                 for neighbour in shown:
                     neighbour["in_prompt"] = True
@@ -220,6 +226,13 @@ def at_row(where, function, *args):
         raise InputError(f"{where}: {error}") from None
 
 
+def reason_if_sure(model, ids, stop_ids):
+    """Why a model that knows what to say after `ids` is left as it is; None for one that does not."""
+    if (nats := doubt(model, ids, stop_ids)) < SURE:
+        return f"the model is sure of its own answer: {nats:.2f} nats a token, expected {SURE} or more"
+    return None
+
+
 def split_answer(text):
     """(thought, summary) of an answer with the headings "## Thought" and "## Summarization"; None for what it lacks."""
     before, heading, summary = text.partition("## Summarization")
@@ -264,9 +277,9 @@ def parse_args(argv=None):
                         help="signsgd: g / (|g| + eps), the first step of a fresh Adam; adam: its moments kept from "
                         "step to step; with --k 1 --steps 1 the two are one (paper: adam)")
     parser.add_argument("--always", action="store_true",
-                        help="neighbours are trained on and shown without a look at whether that helps")
+                        help="neighbours are trained on and shown without a look at whether that helps (paper: always)")
     parser.add_argument("--recipe", choices=("paper",), help="paper: --k 1 --context 0 --steps 1 --lr 1e-5 "
-                        "--optimizer adam")
+                        "--optimizer adam --always")
     parser.add_argument("--no-ttt", action="store_true", help="answer without test-time training")
     parser.add_argument("--max-new-tokens", type=whole(1), default=2048, help="longest answer (paper: 2048)")
     parser.add_argument("--temperature", type=number(0), default=0.7, help="0 is greedy (paper: 0.7)")
@@ -278,7 +291,7 @@ def parse_args(argv=None):
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
     if args.recipe == "paper":
-        paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam"}
+        paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam", "always": True}
         parser.set_defaults(**paper)
         args = parser.parse_args(argv)
         for name, value in paper.items():

@@ -78,9 +78,13 @@ def split(args):
     pages = Counter(row["url"] for row in rows)
     rows = [row | {"part": part_of(row["url"], pages[row["url"]] == 1)} for row in rows]
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, kept in (("rows", rows), ("sft", [row for row in rows if row["part"] == "A"])):
-        (args.out / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    write_rows(args.out / "rows.jsonl", rows)
+    write_rows(args.out / "sft.jsonl", [row for row in rows if row["part"] == "A"])
     print(json.dumps(Counter(row["part"] for row in rows)))
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def question_of(number, row):
@@ -166,9 +170,13 @@ def cells(args):
         return lists
     for cell in PROTOCOL["cells"]:
         model, setting = cell.split("-")
-        for name in ("dev", "test"):
-            asked, own = [], np.isin(part, [*PROTOCOL["index"][model], name])
-            for i in np.flatnonzero(part == name):
+        for name in ("dev", "test", "fresh") if model == "sft" else ("dev", "test"):
+            asked, own = [], np.isin(part, [*PROTOCOL["index"][model], "test" if name == "fresh" else name])
+            candidates = np.flatnonzero(part == name)
+            if name == "fresh":  # what nobody has looked at yet: B, and what is left of test
+                used = [one["row"] for one in found[cell]["test"]]
+                candidates = [i for i in np.flatnonzero(np.isin(part, ["B", "test"])) if i not in used]
+            for i in candidates:
                 question = question_of(int(i), rows[i])
                 if (pages[rows[i]["url"]] > 1) != (setting == "same") or len(asked) == PROTOCOL["questions"][name]:
                     continue
@@ -185,6 +193,14 @@ def cells(args):
                 for one in asked:
                     one.update({"group": shared} if one["row"] in group else {})
             found.setdefault(cell, {})[name] = asked
+    folder = args.out / "eval"
+    folder.mkdir(exist_ok=True)
+    for cell, parts in found.items():  # for evaluate.py: the questions, and the rows of their index
+        model, setting = cell.split("-")
+        for name, asked in parts.items():
+            write_rows(folder / f"{name}-{setting}.jsonl", [rows[one["row"]] for one in asked])
+            write_rows(folder / f"{model}-{name}.jsonl", [row for row in rows if row["part"] in (
+                *PROTOCOL["index"][model], "test" if name == "fresh" else name)])
     if args.traces:
         traces = [row for _, _, row in read_data(args.traces)]
         records["traces"] = traces
