@@ -197,6 +197,7 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
         report.sure = reason is not None
         if report.sure or not examples:
             report.reason, report.restored = reason or "no neighbour to learn from", True
+            report.adapt_s = time.perf_counter() - start
             yield report
             return
         snapshot = Snapshot(model, snapshot_device or place_for_snapshot(

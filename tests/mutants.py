@@ -27,7 +27,9 @@ ADAPTED = 'with adapted(self.model, {}, steps=s["steps"], lr={}, optimizer=s["op
 ADAMW = "test_train.py::test_a_run_is_plain_adamw_with_clip_warm_up_and_cosine"
 FLAGS = "test_sft.py::test_the_flags_reach_the_optimizer_and_the_schedule"
 FLUSHED = "test_files.py::test_all_of_it_is_flushed_before_the_rename_and_the_rename_after"
-SHOWN = 'if shown and (not s["check"] or report.applied or shown[0]["score"] {} self.typical_score):'
+NEARNESS = 'near = not s["check"] or (shown and not report.sure and shown[0]["score"] {} self.typical_score)'
+ASKED = "test_ttt.py::test_a_model_that_is_sure_of_its_own_answer_is_left_as_it_is"
+DOUBT = "test_generate.py::test_doubt_is_the_mean_surprise_of_the_greedy_tokens"
 NEAR = "test_ttt.py::test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is_near"
 TTT_FLAGS = "test_ttt.py::test_the_steps_are_taken_nearest_first_and_as_the_flags_say"
 SCRAPS = "test_files.py::test_scraps_of_the_killed_are_cleared_whatever_their_name_and_those_of_the_living_stay"
@@ -44,6 +46,10 @@ SIFT = "test_steps.py::test_sift_leaves_the_least_variance"
 # {file: [(old line, new line, the test that must fail), …]}; lines without their indentation
 MUTANTS = {
     "generate.py": [
+        ("for row in ([*ids, *tokens[:-1]], [*[-100] * (len(ids) - 1), *tokens]))",
+         "for row in ([*ids, *tokens], [*[-100] * len(ids), *tokens]))", DOUBT),
+        ("return -model(read, labels=labels).sum().item() / len(tokens)",
+         "return -model(read, labels=labels).sum().item() / n", DOUBT),
         ("hidden.masked_fill_(((places > place) | (places < pads))[:, None, None], -math.inf)",
          "hidden.masked_fill_((places > place)[None, None, None], -math.inf)", BATCH),
         ("cache.kv[:, :, i, :, :cache.length] = cache.kv[:, :, j, :, :cache.length]", "pass", BATCH),
@@ -133,14 +139,21 @@ MUTANTS = {
          "test_ttt.py::test_neighbours_in_the_prompt_stand_as_those_of_the_context_arm"),
         ("if len(longer) + self.room > self.context:", "if len(longer) > self.context:",
          "test_ttt.py::test_neighbours_that_would_take_the_answers_room_stay_out_of_the_prompt"),
-        (SHOWN.format(">="), SHOWN.format("<"), NEAR),
-        (SHOWN.format(">="), SHOWN.format(">=").replace("report.applied", "False"), NEAR),
+        (NEARNESS.format(">="), NEARNESS.format("<"), NEAR),
+        (NEARNESS.format(">="), NEARNESS.format(">=").replace("not report.sure and ", ""), ASKED),
+        ("if shown and (report.applied or near):", "if shown and near:", NEAR),
+        ("if (nats := doubt(model, ids, stop_ids)) < SURE:", "if (nats := doubt(model, ids, stop_ids)) > SURE:", ASKED),
+        ('paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam", "always": True}',
+         'paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam"}',
+         "test_ttt.py::test_the_papers_recipe_asks_nobody"),
         ("examples = examples[:s[\"k\"]]", "pass",
          "test_ttt.py::test_neighbours_in_the_prompt_stand_as_those_of_the_context_arm"),
         ('scores, found = self.index.search(self.encoder.encode([question], is_query=True), max(s["k"], s["context"]))',
          'scores, found = self.index.search(self.encoder.encode([question]), max(s["k"], s["context"]))',
          "test_ttt.py::test_a_question_is_embedded_with_the_instruction_the_index_was_built_with")],
     "adapt.py": [
+        ("if report.sure or not examples:", "if not examples:",
+         "test_adapt.py::test_a_sure_model_takes_no_step_and_is_asked_with_its_own_weights"),
         ("change += (value - alone[i - 1]) / len(alone)", "change += (value - alone[0]) / len(alone)",
          "test_adapt.py::test_the_check_by_hand"),
         ("if i == len(alone) and not change <= -FALL:", "if i == len(alone) and change > FALL:",
@@ -183,8 +196,9 @@ MUTANTS = {
         ('"arms": {arm.name: dataclasses.asdict(arm) | ({"checked": CHECKED, "fall": FALL} if arm.check else {})',
          '"arms": {arm.name: dataclasses.asdict(arm)',
          "test_evaluate.py::test_an_arm_whose_settings_have_changed_is_another"),
-        ("if arm.check and not (report.applied or near_enough(run, shown)):",
-         "if arm.check and not report.applied:",
+        ("near = not report.sure and near_enough(run, shown)", "near = near_enough(run, shown)",
+         "test_evaluate.py::test_the_arm_of_the_program_does_nothing_where_the_model_is_sure"),
+        ("if arm.check and not (report.applied or near):", "if arm.check and not report.applied:",
          "test_evaluate.py::test_the_arm_of_the_program_has_records_in_the_prompt_where_its_steps_help_or_one_is_near"),
         ("k = max((arm.most for arm in arms if arm.train or arm.context), default=0)",
          "k = max((arm.k for arm in arms if arm.train or arm.context), default=0)",
@@ -231,7 +245,7 @@ MUTANTS = {
     "retrieve.py": [
         ("nobody = (found == ids[:, None]) | (found < 0)  # itself, and what another factory than Flat did not find",
          "nobody = found < 0",
-         "test_retrieve.py::test_the_typical_score_is_the_median_of_the_nearest_others"),
+         "test_retrieve.py::test_the_typical_score_is_the_lower_quartile_of_the_nearest_others"),
         ("nobody = (found == ids[:, None]) | (found < 0)  # itself, and what another factory than Flat did not find",
          "nobody = found == ids[:, None]",
          "test_retrieve.py::test_the_typical_score_counts_only_what_was_found_and_is_rounded_as_scores_are"),

@@ -293,6 +293,22 @@ def test_the_check_by_hand(steps, second, third, fourth, taken, monkeypatch):
         assert taken == 2 and sum(updates) == 2 * steps
 
 
+@pytest.mark.parametrize("reason", ["it is sure", None])
+def test_a_sure_model_takes_no_step_and_is_asked_with_its_own_weights(reason):
+    model, asked = tiny(), []
+    before = bits(model)
+
+    def sure():
+        asked.append(same(model, before))
+        return reason
+    with adapt.adapted(model, tiny_examples(1), lr=1e-3, sure=sure) as report:
+        assert report.sure == (not report.applied) == same(model, before) == (reason is not None)
+        assert report.reason == reason
+    assert report.restored and same(model, before) and asked == [True]
+    with adapt.adapted(model, [], sure=sure) as report:
+        assert report.reason == (reason or "no neighbour to learn from") and report.sure == (reason is not None)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_alone_that_is_not_finite_is_named_before_any_step(value, monkeypatch):
     monkeypatch.setattr(adapt, "example_loss", lambda model, example: torch.tensor(value if example == 2 else 1.0))

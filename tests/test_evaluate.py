@@ -17,8 +17,9 @@ import arms as arms_module
 import evaluate
 import model as M
 import retrieve
+import ttt
 from adapt import adapted
-from arms import Evaluation, example_of
+from arms import Evaluation, example_of, prompt_of
 from benchmarks import read_benchmark
 from files import InputError
 from parallel import from_all
@@ -225,6 +226,22 @@ def test_the_arm_of_the_program_has_records_in_the_prompt_where_its_steps_help_o
             assert rows[number, arms[1]]["reason"].startswith("the loss on the next 3 neighbours changed by")
             assert [rows[number, arm].get("in_prompt") for arm in arms] == [None, 2 * (score < 0), 2, None, None]
         assert checks == [(5, True)] * 2 + [(3, True)] * 2 + [(3, False)] * 2
+
+
+def test_the_arm_of_the_program_does_nothing_where_the_model_is_sure(files, base, tmp_path, monkeypatch):
+    """The model is asked with the question alone, before each question's steps."""
+    asked, answers = [], iter([0.29, 0.31])
+    monkeypatch.setattr(ttt, "doubt", lambda model, ids, stop_ids: asked.append((ids, stop_ids)) or next(answers))
+    prompts = []
+    monkeypatch.setattr(evaluate, "prompt_of", lambda run, question, records=(): (
+        prompts.append(prompt_of(run, question, records)) or prompts[-1]))
+    arm = "random-ttt:k=3,context=2,lr=1e-3"
+    rows = run(files, base, tmp_path / "run", "bpb", "--arms", "none", arm, "--limit", "2")
+    none, ttt_1, none_2, ttt_2 = (rows[number, name] for number in (1, 2) for name in ("none", arm))
+    assert ttt_1["bpb"] == none["bpb"] and ttt_1["reason"].startswith("the model is sure of its own answer: 0.29 nats")
+    assert (ttt_1["applied"], ttt_1["in_prompt"]) == (False, 0) and (ttt_2["applied"], ttt_2["in_prompt"]) == (True, 2)
+    assert ttt_2["bpb"] != none_2["bpb"] and [ids for ids, _ in asked] == prompts[:2]
+    assert [stops for _, stops in asked] == [{Tokenizer.from_dir(base).end_of_turn()}] * 2
 
 
 def test_an_arm_is_the_same_whatever_other_arms_stand_beside_it(files, base, tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def test_the_steps_are_taken_nearest_first_and_as_the_flags_say(toy, monkeypatch
     answerer, seen, adapted = ttt.Answerer(ttt.settings_of(ttt.parse_args(flags))), [], ttt.adapted
 
     def noted(model, examples, **settings):
-        seen.append((examples, settings))
+        seen.append((examples, {name: value for name, value in settings.items() if name != "sure"}))
         return adapted(model, examples, **settings)
     monkeypatch.setattr(ttt, "adapted", noted)
     answerer.answer("What is asthma?")
@@ -168,6 +168,30 @@ def test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is
     first, second = (messages_of(answerer.index.records[one["id"]]) for one in neighbours[:2])
     assert prompts == [ttt.prompt_ids(answerer.tokenizer, None, "What is asthma?", [*second, *first] * expected)]
     assert ["in_prompt" in one for one in neighbours] == [expected] * 2 + [False] * 3 and checks == [(5, check)]
+
+
+@pytest.mark.parametrize("nats, check, asked", [(0.29, True, True), (0.31, True, True), (0.29, False, False)])
+def test_a_model_that_is_sure_of_its_own_answer_is_left_as_it_is(toy, nats, check, asked, monkeypatch):
+    """It is asked with the question alone; another reads near neighbours, and --always asks nobody."""
+    answerer = ttt.Answerer(settings(toy, k=5, context=2, check=check, lr=1e-9, max_new_tokens=1))
+    prompts, questions = prompts_of(answerer, monkeypatch), []
+    answerer.typical_score = -1.0
+    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
+    monkeypatch.setattr(ttt, "doubt", lambda model, ids, stop_ids: questions.append((ids, stop_ids)) or nats)
+    result = answerer.answer("What is asthma?")
+    plain = ttt.prompt_ids(answerer.tokenizer, None, "What is asthma?")
+    assert questions == [(plain, answerer.stop_ids)] * asked
+    sure = asked and nats < 0.3
+    assert (prompts == [plain]) == sure and ["in_prompt" in one for one in result["neighbours"]] == [
+        not sure] * 2 + [False] * 3
+    assert ("the model is sure of its own answer: 0.29 nats" in (result["ttt"]["reason"] or "")) == sure
+    assert result["ttt"]["applied"] == (not check)
+
+
+def test_the_papers_recipe_asks_nobody():
+    args = ttt.parse_args(["--question", "Q?", "--recipe", "paper"])
+    assert (args.k, args.context, args.steps, args.lr, args.optimizer) == (1, 0, 1, 1e-5, "adam")
+    assert ttt.settings_of(args)["check"] is False and ttt.settings_of(ttt.parse_args(["--chat"]))["check"] is True
 
 
 def test_a_question_is_embedded_with_the_instruction_the_index_was_built_with(toy, tmp_path, monkeypatch):
