@@ -3,8 +3,8 @@
     nearest:k=2            train on [r1, r2]      prompt: question
     context:k=2            no training            prompt: r2 as a turn, r1 as a turn, question
     nearest+context:k=2    train on [r1, r2]      prompt: r2 as a turn, r1 as a turn, question
-    ttt                    as ttt.py does by default: both, where the records themselves show that it helps; records
-                           are cut and masked as for the other arms
+    ttt                    as ttt.py does by default: both, where it finds that this helps; records are cut and masked
+                           as for the other arms
 
 r1, r2, … are the question's records, nearest first (or drawn at random): not masked by leaks.py, and cut to the same
 tokens for all arms. A record that does not fit the window is left out of every arm.

@@ -4,7 +4,7 @@
     nearest, random            after test-time training on the k nearest records of the question, or on k random ones
     context, random-context    the same records as earlier turns of the conversation
     nearest+context            both
-    ttt, random-ttt            both, as ttt.py does by default: where the records themselves show that it helps
+    ttt, random-ttt            both, as ttt.py does by default: where it finds that this helps
 
 What is new in a question's neighbours shows in nearest − random; whether training on them pays, in nearest − context.
 

@@ -63,10 +63,11 @@ def show(cells):
         for arm, of in arms.items():
             if arm != "none":
                 one = change(none, of)
-                table.append([arm, f"{one['change']:+.1f} ({one['low']:+.1f} to {one['high']:+.1f})",
+                table.append([arm, f"{one['change']:+.1f} ({one['low']:+.1f} to {one['high']:+.1f})".replace("-", "−"),
                               f"{one['worse']} of {one['n']} (at most {one['most']:.0%})",
                               f"{of['kept'][True]} of {of['kept'].total()}" if of["kept"] else "",
-                              ", ".join(f"{x:+.1f}" for x in one["by_seed"]), f"{np.median(of['seconds']):.1f}"])
+                              ", ".join(f"{x:+.1f}" for x in one["by_seed"]).replace("-", "−"),
+                              f"{np.median(of['seconds']):.1f}"])
         print_table(["arm", "% (95 %)", "worse by 1 %", "steps kept", "by seed", "s"], table)
 
 

@@ -39,7 +39,7 @@ def test_an_arm_in_percent_of_none(tmp_path, capsys):
     assert np.median(cells["a"]["ttt"]["seconds"]) == 4.0 and cells["a"]["ttt"]["kept"] == {True: 4, False: 4}
     gain.show(cells)
     out = capsys.readouterr().out
-    assert "a: 2.5000 bits per byte" in out and "| 4 of 8 " in out and "| -9.8, -10.0 |" in out
+    assert "a: 2.5000 bits per byte" in out and "| 4 of 8 " in out and "| −9.8, −10.0 |" in out
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
