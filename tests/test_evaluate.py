@@ -231,6 +231,7 @@ def test_the_arm_of_the_program_has_records_in_the_prompt_where_its_steps_help_o
 def test_the_arm_of_the_program_does_nothing_where_the_model_is_sure(files, base, tmp_path, monkeypatch):
     """The model is asked with the question alone, before each question's steps."""
     asked, answers = [], iter([0.29, 0.31])
+    monkeypatch.setattr(retrieve.Index, "typical_score", lambda self: -1.0)
     monkeypatch.setattr(ttt, "doubt", lambda model, ids, stop_ids: asked.append((ids, stop_ids)) or next(answers))
     prompts = []
     monkeypatch.setattr(evaluate, "prompt_of", lambda run, question, records=(): (

@@ -17,7 +17,7 @@ def evaluation(folder, arms, seed=0, **more):
     (folder / "config.json").write_text(json.dumps(settings | more))
     rows = [{"number": n, "arm": arm, "group": str(n), "bpb": value} | ({"applied": n > 1} if arm == "ttt" else {})
             for arm, values in arms.items() for n, value in enumerate(values)]
-    write_jsonl(folder / "results.jsonl", rows[::-1])
+    write_jsonl(folder / "results.jsonl", rows[::-1] if seed else rows)
     write_jsonl(folder / "timings.jsonl", [{"arm": row["arm"], "questions": 2, "seconds": 2.0 + 4 * row["number"]}
                                            for row in rows])
     return folder
