@@ -7,6 +7,7 @@ from conftest import write_jsonl
 
 from bench import gain
 from files import InputError
+from stats import paired
 
 
 def evaluation(folder, arms, seed=0, **more):
@@ -31,7 +32,9 @@ def test_an_arm_in_percent_of_none(tmp_path, capsys):
     cells = gain.cells_of(folders)
     assert list(cells) == ["a", "c"] and list(cells["a"]) == ["none", "ttt"]
     found = gain.change(cells["a"]["none"], cells["a"]["ttt"])
-    assert found["change"] == pytest.approx(100 * (0.008 - 1.0) / 10) and found["low"] < found["change"] < found["high"]
+    both = paired(np.array(none), np.array([1.008, 1.0, 3.0, 4.0]), "0123")
+    assert found["change"] == pytest.approx(100 * (0.008 - 1.0) / 10)
+    assert [found["low"], found["high"]] == pytest.approx([40 * both["low"], 40 * both["high"]])
     assert found["by_seed"] == pytest.approx([-9.84, -10.0])
     assert (found["worse"], found["n"]) == (0, 4)  # 0.8 % in the mean of both seeds
     other = gain.change(cells["c"]["none"], cells["c"]["context:k=1"])
