@@ -207,7 +207,7 @@ def measured(run, questions, arms):
 
 
 def near_enough(run, records):
-    """Whether the nearest record is as near as three quarters of the index's records are to theirs."""
+    """Whether the nearest record scores at least `Index.typical_score`, as in ttt.py."""
     return max((score for _, score, _, _ in records), default=-math.inf) >= run.typical_score
 
 
