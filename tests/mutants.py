@@ -142,6 +142,7 @@ MUTANTS = {
         (NEARNESS.format(">="), NEARNESS.format("<"), NEAR),
         (NEARNESS.format(">="), NEARNESS.format(">=").replace("not report.sure and ", ""), ASKED),
         ("if shown and (report.applied or near):", "if shown and near:", NEAR),
+        ('if not (s["ttt"] and s["k"]) and not report.sure:', 'if not (s["ttt"] and s["k"]):', ASKED),
         ("if (nats := doubt(model, ids, stop_ids)) < SURE:", "if (nats := doubt(model, ids, stop_ids)) > SURE:", ASKED),
         ('paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam", "always": True}',
          'paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam"}',
