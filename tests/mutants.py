@@ -234,6 +234,8 @@ MUTANTS = {
         ("cosine=cosine(run.index.vectors[i], vector)):", "cosine=None):",
          "test_arms.py::test_a_record_whose_vector_is_the_question_s_is_masked")],
     "report.py": [
+        ('pairs = pairs_of({name: arm["k"] for name, arm in arms.items()}, primary)', "pairs = pairs_of(arms, primary)",
+         "test_report.py::test_a_summary_compares_arms_at_the_same_k"),
         ('shown = (c["p"] if c["primary"] else c["p_holm"]) < 0.05  # the interval is uncorrected',
          'shown = c["low"] is not None and not c["low"] <= 0 <= c["high"]',
          "test_report.py::test_a_verdict_is_that_of_the_corrected_p"),
