@@ -6,7 +6,8 @@
     then put back the original w, bit for bit
 
 Source: FineMedLM-o1 (arXiv 2501.09213, section on test-time training). Without stochastic rounding 3 % of such a step
-would be left (rounding.py). With `check` the steps are undone at the fourth example unless they help (take_steps).
+would be left (rounding.py). With `check` the steps are undone at the fourth example unless they help (take_steps); with
+`sure` none is taken where that gives a reason, such as a model that is sure of its own answer.
 
 Memory: 2 bytes a parameter on the device (the bf16 weights), the gradient of the layer at hand (each is used and freed
 as soon as it is complete; that of a tied embedding and head once both ends have added to it), the activations of one
@@ -178,8 +179,8 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
     digest), as are train/eval mode, requires_grad and the random state; gradients are gone. A model that could not be
     restored refuses to run again. One question at a time: another thread waits. Without examples, or when a loss,
     gradient or step is not finite, or with `check` where steps do not help the next examples (see take_steps), the
-    block runs with the weights as they were and the report says why. `loss_after`
-    False saves the forward pass that measures the gain, and with it the check that this loss is finite.
+    block runs with the weights as they were and the report says why.
+    `loss_after`: False saves the forward pass that measures the gain, and with it the check that this loss is finite.
     `sure`: called first, with the weights as they are; where it returns a reason, no step is taken, for that reason.
     The activations of a model of more than a billion parameters are computed again in backward, unless told otherwise.
     `snapshot_device` is where the original weights wait: by default as `place_for_snapshot` says.

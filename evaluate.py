@@ -207,7 +207,7 @@ def measured(run, questions, arms):
 
 
 def near_enough(run, records):
-    """Whether the nearest record is as near as three quarters of the index's records are to theirs."""
+    """Whether the nearest record scores at least `Index.typical_score`, as in ttt.py."""
     return max((score for _, score, _, _ in records), default=-math.inf) >= run.typical_score
 
 
@@ -408,8 +408,8 @@ def parse_args(argv):
         flag("--benchmark", "the shape of --data", required=True, choices=SHAPES)
         flag("--data", "the questions", required=True, metavar="FILE")
         flag("--model", "the furthest trained model in runs/, else the demo's, by default", metavar="DIR")
-        flag("--primary", "the one comparison that Holm's correction spares (default: nearest − context, else the "
-             "first)", nargs=2, metavar="ARM")
+        flag("--primary", "the one comparison that Holm's correction spares, the first arm less the second (default: "
+             "nearest − context, else the first)", nargs=2, metavar="ARM")
     flag("--measure", "bpb for rows with an answer, loglik and generate for options", required=not several,
          choices=("bpb", "loglik", "generate"), default="loglik" if several else None)
     flag("--arms", "what is compared, the first with all others; settings as in nearest:k=10,lr=1e-4,steps=1,"

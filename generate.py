@@ -56,7 +56,7 @@ def generate(model, ids, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, to
 def doubt(model, ids, stop_ids=(), n=32):
     """Mean −log p, in nats, of the n tokens (or up to a stop) that the model writes greedily after the prompt `ids`.
 
-    Low where it knows what to say. `ids` as in `generate`.
+    Low where the model is sure of what to say, rightly or not. `ids` as in `generate`.
     """
     tokens = list(generate(model, ids, max_new_tokens=n, temperature=0, stop_ids=stop_ids))
     read, labels = (torch.tensor([row], device=model.norm.weight.device)

@@ -162,7 +162,7 @@ def summarise(out, primary=None):
             "masked": {rule: sum(row["masked"].get(rule, 0) for row in with_records)
                        for rule in sorted({rule for row in with_records for rule in row["masked"]})},
             "left_out": sum(row["left_out"] for row in with_records)}
-    pairs = pairs_of(arms, primary)
+    pairs = pairs_of({name: arm["k"] for name, arm in arms.items()}, primary)
     summary["comparisons"] = with_holm([
         compared(measure, rows[arm], rows[other], (arm, other), i == 0) for i, (arm, other) in enumerate(pairs)])
     write_json(Path(out) / "summary.json", summary)

@@ -96,9 +96,9 @@ class Index:
         return self.faiss.search(np.ascontiguousarray(vectors, dtype=np.float32), min(k, len(self.records)))
 
     def typical_score(self, sample=1000):
-        """The score that three quarters of the records have with their nearest other, over every n-th of at most
-        `sample`, to four places as scores are reported; inf where no record finds another. A question whose nearest
-        record scores less lies where the index holds little."""
+        """The lower quartile of what a record scores with its nearest other: three quarters score at least this much.
+        Over at most `sample` records, every n-th; to four places, as scores are reported; inf where no record finds
+        another. A question whose nearest record scores less lies where the index holds little."""
         ids = np.arange(0, len(self.records), -(-len(self.records) // sample))
         scores, found = self.search(self.vectors[ids], 2)
         nobody = (found == ids[:, None]) | (found < 0)  # itself, and what another factory than Flat did not find

@@ -9,13 +9,15 @@ Source: FineMedLM-o1 (arXiv 2501.09213, section on test-time training: one step 
 `--recipe paper` does). adapt.py has the steps and the way back.
 
 The default, found on held-out questions (bench/README.md): k = 10, lr = 6e-5, four neighbours in the prompt, where
-that helps. Three things are asked first:
+that helps. Three are asked whether it does (--always: none):
 
-    the model        is it sure of its own answer? Then nothing is done: neighbours disturb what it knows.
-    the neighbours   has the loss on neighbours 2 to 4, each just before its own step, fallen? Else the steps are
-                     undone, as nearly always after SFT. Fewer than four (--k 3) are not asked.
-    the index        is the nearest as near as three quarters of the records are to theirs? Then it may hold the answer,
-                     and neighbours stand in the prompt, as they do where the steps are kept.
+    the model        before any step: is it sure of its own answer? Then nothing is done: neighbours disturb what it
+                     knows.
+    the neighbours   after three steps: has the loss on neighbours 2 to 4, each just before its own step, fallen? Else
+                     the steps are undone, as nearly always after SFT. Fewer than four (--k 3) are not asked.
+    the index        without steps: does the nearest score at least the lower quartile of what records score with their
+                     own nearest? Then it may hold the answer, and neighbours stand in the prompt, as they do where the
+                     steps are kept.
 
     python ttt.py --question "…"                                    one question
     python ttt.py --questions FILE.jsonl --out ANSWERS.jsonl        many; run again to go on where it stopped
@@ -57,7 +59,7 @@ from tokenizer import Tokenizer, check_unicode, notice_of, stream_text
 from weights import DTYPES, stop_ids_of, weights_sha256
 
 MAX_TRACE_TOKENS = 6144  # upstream's maximum length in training; a longer trace is cut at its end
-SURE = 0.3  # nats a token: every token with a probability of three quarters
+SURE = 0.3  # nats a token: its tokens have a probability of three quarters, in the geometric mean
 
 # ----- a question ----------------------------------------------------------------------------------------------------
 
@@ -159,7 +161,7 @@ class Answerer:
         with adapted(self.model, examples, steps=s["steps"], lr=s["lr"], optimizer=s["optimizer"],
                      seed=s["seed"], check=s["check"], sure=(lambda: reason_if_sure(self.model, ids, self.stop_ids))
                      if s["check"] and neighbours else None) as report:
-            if not s["ttt"] or not s["k"]:
+            if not (s["ttt"] and s["k"]) and not report.sure:
                 report.reason = "switched off"
             near = not s["check"] or (shown and not report.sure and shown[0]["score"] >= self.typical_score)
             if shown and (report.applied or near):
@@ -227,7 +229,7 @@ def at_row(where, function, *args):
 
 
 def reason_if_sure(model, ids, stop_ids):
-    """Why a model that knows what to say after `ids` is left as it is; None for one that does not."""
+    """Why a model that is sure of its own answer to the prompt `ids` is left as it is; None where it is not sure."""
     if (nats := doubt(model, ids, stop_ids)) < SURE:
         return f"the model is sure of its own answer: {nats:.2f} nats a token, expected {SURE} or more"
     return None
@@ -254,7 +256,11 @@ def default_model():
 
 
 def parse_args(argv=None):
-    parser = Parser(description="Answer medical questions with test-time training.",
+    parser = Parser(description="Answer medical questions with test-time training: a step on each of the --k nearest "
+                    "records, the nearest --context of them in the prompt. By default the model is asked first whether "
+                    "it is sure of its own answer (then nothing is done), the neighbours whether the steps help (else "
+                    "they are undone), and the index whether the nearest is near. The defaults of --k, --context and "
+                    "--lr were found on held-out questions (bench/README.md).",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--question", default=argparse.SUPPRESS, help="the question to answer")
@@ -270,14 +276,16 @@ def parse_args(argv=None):
                         "helps (paper: 1)")
     parser.add_argument("--context", type=whole(0), default=4,
                         help="so many of the nearest also stand in the prompt, as earlier turns, where the steps are "
-                        "kept or the nearest is near (paper: 0); with --k 0 they only stand there")
+                        "kept, or the model is not sure and the nearest is near (paper: 0); with --k 0 they only stand "
+                        "there")
     parser.add_argument("--steps", type=whole(1), default=1, help="gradient steps on each neighbour (paper: 1)")
     parser.add_argument("--lr", type=number(0), default=6e-5, help="learning rate of these steps (paper: 1e-5)")
     parser.add_argument("--optimizer", choices=("signsgd", "adam", "sgd"), default="signsgd",
                         help="signsgd: g / (|g| + eps), the first step of a fresh Adam; adam: its moments kept from "
                         "step to step; with --k 1 --steps 1 the two are one (paper: adam)")
     parser.add_argument("--always", action="store_true",
-                        help="neighbours are trained on and shown without a look at whether that helps (paper: always)")
+                        help="train on neighbours and show them; ask neither the model nor the neighbours nor the "
+                        "index whether that helps (paper: always)")
     parser.add_argument("--recipe", choices=("paper",), help="paper: --k 1 --context 0 --steps 1 --lr 1e-5 "
                         "--optimizer adam --always")
     parser.add_argument("--no-ttt", action="store_true", help="answer without test-time training")

@@ -1,9 +1,9 @@
-"""What each arm of several evaluations brings, against its seconds: a table, and a picture with a panel for each cell.
+"""The gain of each arm of several evaluations against its seconds: a table, and a picture with a panel for each cell.
 
     python bench/gain.py evals/base-other evals/base-other-random evals/base-same … --out bench/figures/gain.png
 
 Folders of the same questions, model and records are one cell, named by the first of them; an arm that stands in several
-of them, with other seeds, counts by the mean of each question. All have the arm `none`. Bits per byte only.
+of them, with other seeds, counts by the mean of each question. Each folder has the arm `none`. Bits per byte only.
 """
 import argparse
 import sys
@@ -24,7 +24,8 @@ SAME = ("data_sha256", "limit", "measure", "weights", "index_manifest", "leaks")
 
 
 def cells_of(folders):
-    """{name of the cell: {arm: {"bpb": [its rows' values of each folder], "seconds": [...], "groups": [...]}}}."""
+    """{name of the cell: {arm: {"bpb": [its rows' values of each folder], "groups": [of each row], "seconds": [of
+    a question, by batch], "kept": Counter of the rows by whether steps were kept}}}."""
     cells, names = {}, {}
     for folder in folders:
         settings, rows = results_of(folder)
@@ -98,7 +99,7 @@ def draw(figure, cells):
         axes.set_axis_off()
     figure.supxlabel("seconds a question", fontsize=9)
     figure.supylabel("bits per byte, change in %", fontsize=9)
-    entitle(figure, "What each arm brings (lower is better), and what it costs; 95 % intervals")
+    entitle(figure, "The gain of each arm (lower is better) and its cost; 95 % intervals")
 
 
 def main():

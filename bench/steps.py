@@ -8,6 +8,7 @@
     python bench/steps.py run --trials grid dev --out evals/steps                  every rate; the best on 60 questions
     python bench/steps.py choose --out evals/steps                                 into protocol.json, to be committed
     python bench/steps.py run --trials test --out evals/steps                      123 questions a cell, three seeds
+    python bench/steps.py run --trials variants --out evals/steps                  SIFT, groups and others, on dev
     python bench/steps.py table --trials dev --out evals/steps
 
     w ← stochastic_round(w − lr · d)        a step on one neighbour, g its gradient; nearest first
@@ -17,6 +18,7 @@
     train     d = g / (√v + mean √v)        v: AdamW's second moments at the end of SFT; the mean is over the tensor
     index     the same                      v: the mean of g² over 32 random records of the index
     contrast  d = g − mean g                over the same 32 records: content without format
+    contrast-index  d = (g − mean g) / (√v + mean √v)
     mean      one step with the mean gradient of the k neighbours
 
 Every trial is measured after each k of its list, with the question alone and with neighbours in the prompt. Two cores
@@ -124,7 +126,7 @@ def sift(query, points, n, noise=0.01):
 
 
 def groups(rows, vectors, size=4):
-    """The rows in groups of the nearest: the first that is left, and those nearest to it."""
+    """The rows in groups that share one list of neighbours: the first that is left, and those nearest to it."""
     left = list(rows)
     while left:
         group = sorted(left, key=lambda i: -cosine(vectors[left[0]], vectors[i]))[:size]
@@ -144,7 +146,7 @@ def cells(args):
 
     def neighbours(group, allowed, all_vectors, all_rows, rule, answers=None):
         """{list: [(record, cosine)]} without what gives an answer away, for [(question, its vector)], most often one.
-        With the vectors of the records' `answers` also "once" and "sift"."""
+        With the vectors of the records' `answers` also "once" (no two with nearly the same answer) and "sift"."""
         centre = np.mean([vector for _, vector in group], axis=0)
 
         def unmasked(ranking, n):
@@ -455,7 +457,8 @@ def tried(bench, cell, asked, trial, seed):
 
 
 def trials_of(name, out):
-    """The trials of a phase: of "grid" from protocol.json, of "dev" as `choose` found them, of "test" as committed."""
+    """The trials of a phase: of "grid" by the rates of protocol.json, of "test" and "variants" as they stand there, of
+    "dev" as `dev_trials` found them."""
     if name == "grid":
         grid = PROTOCOL["grid"]
         settings = {"k": grid["k"], "context": grid["context"], "questions": grid["questions"]}
@@ -659,7 +662,8 @@ def main():
     parser.add_argument("--data", metavar="FILE", help="split: MedQuAD's rows")
     parser.add_argument("--traces", metavar="FILE", help="cells: rows of long reasoning, for the leave-one-out cells")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--trials", nargs="+", default=["test"], help="run: grid, dev, test; grid:sft: its cells alone")
+    parser.add_argument("--trials", nargs="+", default=["test"], help="run: grid, dev, test, variants; "
+                        "grid:sft: its cells alone; table: one of them")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="run: no trial of a phase begins later")
     parser.add_argument("--workers", type=whole(1), default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

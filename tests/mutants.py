@@ -142,6 +142,7 @@ MUTANTS = {
         (NEARNESS.format(">="), NEARNESS.format("<"), NEAR),
         (NEARNESS.format(">="), NEARNESS.format(">=").replace("not report.sure and ", ""), ASKED),
         ("if shown and (report.applied or near):", "if shown and near:", NEAR),
+        ('if not (s["ttt"] and s["k"]) and not report.sure:', 'if not (s["ttt"] and s["k"]):', ASKED),
         ("if (nats := doubt(model, ids, stop_ids)) < SURE:", "if (nats := doubt(model, ids, stop_ids)) > SURE:", ASKED),
         ('paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam", "always": True}',
          'paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam"}',
@@ -193,8 +194,8 @@ MUTANTS = {
          'found, worse = stats.paired(a, b, arm["groups"]), stats.worse_share(b / a - 1, 0.01)',
          "test_gain.py::test_an_arm_in_percent_of_none")],
     "evaluate.py": [
-        ('"arms": {arm.name: dataclasses.asdict(arm) | ({"checked": CHECKED, "fall": FALL} if arm.check else {})',
-         '"arms": {arm.name: dataclasses.asdict(arm)',
+        ('"arms": {arm.name: dataclasses.asdict(arm) | (asked if arm.check else {}) for arm in args.arms},',
+         '"arms": {arm.name: dataclasses.asdict(arm) for arm in args.arms},',
          "test_evaluate.py::test_an_arm_whose_settings_have_changed_is_another"),
         ("near = not report.sure and near_enough(run, shown)", "near = near_enough(run, shown)",
          "test_evaluate.py::test_the_arm_of_the_program_does_nothing_where_the_model_is_sure"),
@@ -233,6 +234,8 @@ MUTANTS = {
         ("cosine=cosine(run.index.vectors[i], vector)):", "cosine=None):",
          "test_arms.py::test_a_record_whose_vector_is_the_question_s_is_masked")],
     "report.py": [
+        ('pairs = pairs_of({name: arm["k"] for name, arm in arms.items()}, primary)', "pairs = pairs_of(arms, primary)",
+         "test_report.py::test_a_summary_compares_arms_at_the_same_k"),
         ('shown = (c["p"] if c["primary"] else c["p_holm"]) < 0.05  # the interval is uncorrected',
          'shown = c["low"] is not None and not c["low"] <= 0 <= c["high"]',
          "test_report.py::test_a_verdict_is_that_of_the_corrected_p"),

@@ -12,7 +12,8 @@ ARMS = {"none": 4, "nearest": 4, "context:k=2": 2, "random": 4}
 def write_run(folder, measure, rows, arms=ARMS, timings=()):
     """An evaluation's folder; rows {arm: [{the measure's fields}, …]}."""
     folder.mkdir()
-    settings = {"measure": measure, "benchmark": "medqa", "model": "models/x", "arms": arms}
+    settings = {"measure": measure, "benchmark": "medqa", "model": "models/x",
+                "arms": {name: {"name": name, "k": k} for name, k in arms.items()}}
     (folder / "config.json").write_text(json.dumps(settings))
     lines = [json.dumps({"number": i, "arm": arm, "group": str(i // 2), **own[i]})
              for i in range(len(rows[next(iter(arms))])) for arm, own in rows.items()]
@@ -45,6 +46,13 @@ def test_every_arm_is_compared_with_the_first_and_with_its_control_at_the_same_k
     assert report.pairs_of(arms, ("random", "context"))[0] == ("random", "context")
     assert report.pairs_of(arms, ("nearest", "none"))[0] == ("nearest", "none")
     assert report.pairs_of({"none": 4}) == [] and report.pairs_of({"none": 4, "random": 4}) == [("random", "none")]
+
+
+def test_a_summary_compares_arms_at_the_same_k(tmp_path):
+    arms = {"none": 4, "nearest:k=2": 2, "nearest": 4, "context:k=2": 2, "context": 4}
+    found = report.summarise(write_run(tmp_path / "run", "bpb", dict.fromkeys(arms, bpb(1.0, 2.0, 3.0, 4.0)), arms))
+    pairs = {(one["arm"], one["against"]) for one in found["comparisons"]}
+    assert pairs == {*((arm, "none") for arm in list(arms)[1:]), ("nearest:k=2", "context:k=2"), ("nearest", "context")}
 
 
 def test_means_and_differences_by_hand(tmp_path):

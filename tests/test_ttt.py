@@ -170,10 +170,12 @@ def test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is
     assert ["in_prompt" in one for one in neighbours] == [expected] * 2 + [False] * 3 and checks == [(5, check)]
 
 
-@pytest.mark.parametrize("nats, check, asked", [(0.29, True, True), (0.31, True, True), (0.29, False, False)])
-def test_a_model_that_is_sure_of_its_own_answer_is_left_as_it_is(toy, nats, check, asked, monkeypatch):
-    """It is asked with the question alone; another reads near neighbours, and --always asks nobody."""
-    answerer = ttt.Answerer(settings(toy, k=5, context=2, check=check, lr=1e-9, max_new_tokens=1))
+@pytest.mark.parametrize("nats, check, asked, k", [
+    (0.29, True, True, 5), (0.31, True, True, 5), (0.29, False, False, 5), (0.29, True, True, 0)])
+def test_a_model_that_is_sure_of_its_own_answer_is_left_as_it_is(toy, nats, check, asked, k, monkeypatch):
+    """It is asked with the question alone, and named as the reason also with --k 0; another reads near neighbours, and
+    --always asks nobody."""
+    answerer = ttt.Answerer(settings(toy, k=k, context=2, check=check, lr=1e-9, max_new_tokens=1))
     prompts, questions = prompts_of(answerer, monkeypatch), []
     answerer.typical_score = -1.0
     monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
@@ -183,7 +185,7 @@ def test_a_model_that_is_sure_of_its_own_answer_is_left_as_it_is(toy, nats, chec
     assert questions == [(plain, answerer.stop_ids)] * asked
     sure = asked and nats < 0.3
     assert (prompts == [plain]) == sure and ["in_prompt" in one for one in result["neighbours"]] == [
-        not sure] * 2 + [False] * 3
+        not sure] * 2 + [False] * max(0, k - 2)
     assert ("the model is sure of its own answer: 0.29 nats" in (result["ttt"]["reason"] or "")) == sure
     assert result["ttt"]["applied"] == (not check)
 
