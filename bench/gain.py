@@ -2,10 +2,12 @@
 
     python bench/gain.py evals/base-other evals/base-other-random evals/base-same … --out bench/figures/gain.png
 
-Folders of the same questions, model and records are one cell, named by the first of them; an arm that stands in several
-of them, with other seeds, counts by the mean of each question. Each folder has the arm `none`. Bits per byte only.
+Folders of the same questions, model, records and settings are one cell, named by the first of them; an arm that stands
+in several of them, with other seeds, counts by the mean of each question. Each folder has the arm `none`. Bits per byte
+only. Under a table stands the comparison that --primary named, in % of `none` too.
 """
 import argparse
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,56 +22,70 @@ from files import InputError, Parser, finished_rows, run_main  # noqa: E402
 from plot import BLACK, BLUE, DASHED, VERMILLION, WIDTH, entitle, picture, short_lines  # noqa: E402
 from report import print_table, results_of  # noqa: E402
 
-SAME = ("data_sha256", "limit", "measure", "weights", "index_manifest", "leaks")
+MAY_DIFFER = {"arms", "seed", "primary", "batch_size", "model", "data", "index"}  # the last three are paths
 
 
 def cells_of(folders):
-    """{name of the cell: {arm: {"bpb": [its rows' values of each folder], "groups": [of each row], "seconds": [of
-    a question, by batch], "kept": Counter of the rows by whether steps were kept}}}."""
-    cells, names = {}, {}
+    """({name of the cell: {arm: {"bpb": [its rows' values of each folder], "groups": [of each row], "seconds": [of
+    a question, by batch], "kept": Counter of the rows by whether steps were kept}}}, {name: primary comparison})."""
+    cells, names, settings_of, primary = {}, {}, {}, {}
     for folder in folders:
         settings, rows = results_of(folder)
         if settings["measure"] != "bpb" or "none" not in rows:
             raise InputError(f"{folder}: found {settings['measure']} and the arms {', '.join(rows)}; expected bpb, and "
                              "none among them")
-        name = names.setdefault(tuple(settings[key] for key in SAME), folder.name)
+        shared = {key: value for key, value in settings.items() if key not in MAY_DIFFER}
+        name = names.setdefault(json.dumps(shared, sort_keys=True), folder.name)
+        if settings.get("primary"):
+            primary.setdefault(name, settings["primary"])
         seconds = {}
         for _, timing in finished_rows(folder / "timings.jsonl", b'{"arm": '):
             seconds.setdefault(timing["arm"], []).append(timing["seconds"] / timing["questions"])
-        for arm in settings["arms"]:
+        for arm, its in settings["arms"].items():
+            if settings_of.setdefault((name, arm), its) != its:
+                raise InputError(f"{folder}: the arm {arm} has the settings {its}, and {settings_of[name, arm]} in "
+                                 f"another folder of {name}; expected the same")
             own = sorted(rows[arm], key=lambda row: row["number"])
             of = cells.setdefault(name, {}).setdefault(arm, {"bpb": [], "seconds": [], "kept": Counter(),
                                                              "groups": [row["group"] for row in own]})
             of["bpb"].append([row["bpb"] for row in own])
             of["seconds"] += seconds[arm]
             of["kept"].update(row["applied"] for row in own if "applied" in row)
-    return cells
+    return cells, primary
 
 
-def change(none, arm):
-    """{"change", "low", "high"}: % of none's mean, 95 % interval by group; "worse": questions that lose over 1 %, and
-    "most", their share at most (one-sided 95 %); "by_seed": the change of each folder."""
-    a, b = np.mean(none["bpb"], axis=0), np.mean(arm["bpb"], axis=0)
-    found, worse = stats.paired(a, b, arm["groups"]), stats.worse_share(1 - b / a, 0.01)
-    return {"worse": worse["count"], "most": worse["upper"], "n": len(a),
-            "by_seed": [100 * (np.mean(one) / a.mean() - 1) for one in arm["bpb"]],
-            **{key: 100 * found[of] / a.mean() for key, of in (
+def change(none, arm, other=None):
+    """{"change", "low", "high"}: of an arm against `none` or an `other`, in % of none's mean, 95 % interval by group;
+    "p"; "worse": questions that lose over 1 %, and "most", their share at most (one-sided 95 %); "by_seed": the change
+    of each folder."""
+    a, b = (np.mean(one["bpb"], axis=0) for one in (other or none, arm))
+    unit, found, worse = np.mean(none["bpb"]), stats.paired(a, b, arm["groups"]), stats.worse_share(1 - b / a, 0.01)
+    return {"worse": worse["count"], "most": worse["upper"], "n": len(a), "p": found["p"],
+            "by_seed": [100 * (np.mean(one) - a.mean()) / unit for one in arm["bpb"]],
+            **{key: 100 * found[of] / unit for key, of in (
                 ("change", "difference"), ("low", "low"), ("high", "high"))}}
 
 
-def show(cells):
+def percent(one):
+    return f"{one['change']:+.1f} ({one['low']:+.1f} to {one['high']:+.1f})".replace("-", "−")
+
+
+def show(cells, primary):
     for name, arms in cells.items():
         none, table = arms["none"], []
         print(f"\n{name}: {np.mean(none['bpb']):.4f} bits per byte as it is\n")
         for arm, of in arms.items():
             if arm != "none":
                 one = change(none, of)
-                table.append([arm, f"{one['change']:+.1f} ({one['low']:+.1f} to {one['high']:+.1f})".replace("-", "−"),
-                              f"{one['worse']} of {one['n']} (at most {one['most']:.0%})",
+                table.append([arm, percent(one), f"{one['worse']} of {one['n']} (at most {one['most']:.0%})",
                               f"{of['kept'][True]} of {of['kept'].total()}" if of["kept"] else "",
                               ", ".join(f"{x:+.1f}" for x in one["by_seed"]).replace("-", "−"),
                               f"{np.median(of['seconds']):.1f}"])
         print_table(["arm", "% (95 %)", "worse by 1 %", "steps kept", "by seed", "s"], table)
+        if name in primary:
+            one, other = primary[name]
+            found = change(none, arms[one], arms[other])
+            print(f"\n{one} − {other}, the primary comparison: {percent(found)}, p = {found['p']:.2g}")
 
 
 def draw(figure, cells):
@@ -85,14 +101,15 @@ def draw(figure, cells):
             colour = VERMILLION if arm == "ttt" else BLACK if "random" in arm else BLUE
             axes.plot([seconds] * 2, [one["low"], one["high"]], color=colour, linewidth=1.2)
             axes.plot(seconds, one["change"], "o", color=colour, markersize=5)
-            axes.annotate(short_lines(arm, 14), (seconds, one["change"]), (5, 0), textcoords="offset points",
-                          color=colour, va="center", fontsize=7)
+            left = "random" in arm  # its cost is that of its arm, whose name stands on the right
+            axes.annotate(short_lines(arm, 14), (seconds, one["change"]), (-5 if left else 5, 0), fontsize=7,
+                          textcoords="offset points", color=colour, va="center", ha="right" if left else "left")
         axes.axhline(0, color=BLACK, **DASHED)
         axes.set_xscale("log")
         axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50], minor=False)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.minorticks_off()
-        axes.set_xlim(min(seconds_of) / 1.5, max(seconds_of) * 4)  # room for the names
+        axes.set_xlim(min(seconds_of) / 4, max(seconds_of) * 4)  # room for the names
         axes.set_title(name)
         axes.tick_params(labelbottom=True)
     for axes in grid.flat[len(cells):]:
@@ -107,8 +124,8 @@ def main():
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="finished evaluations")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture")
     args = parser.parse_args()
-    cells = cells_of(args.folders)
-    show(cells)
+    cells, primary = cells_of(args.folders)
+    show(cells, primary)
     if args.out:
         with picture(args.out) as figure:
             draw(figure, cells)
