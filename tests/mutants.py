@@ -193,8 +193,8 @@ MUTANTS = {
          'found, worse = stats.paired(a, b, arm["groups"]), stats.worse_share(b / a - 1, 0.01)',
          "test_gain.py::test_an_arm_in_percent_of_none")],
     "evaluate.py": [
-        ('"arms": {arm.name: dataclasses.asdict(arm) | ({"checked": CHECKED, "fall": FALL} if arm.check else {})',
-         '"arms": {arm.name: dataclasses.asdict(arm)',
+        ('"arms": {arm.name: dataclasses.asdict(arm) | (asked if arm.check else {}) for arm in args.arms},',
+         '"arms": {arm.name: dataclasses.asdict(arm) for arm in args.arms},',
          "test_evaluate.py::test_an_arm_whose_settings_have_changed_is_another"),
         ("near = not report.sure and near_enough(run, shown)", "near = near_enough(run, shown)",
          "test_evaluate.py::test_the_arm_of_the_program_does_nothing_where_the_model_is_sure"),
