@@ -159,7 +159,7 @@ class Answerer:
         with adapted(self.model, examples, steps=s["steps"], lr=s["lr"], optimizer=s["optimizer"],
                      seed=s["seed"], check=s["check"], sure=(lambda: reason_if_sure(self.model, ids, self.stop_ids))
                      if s["check"] and neighbours else None) as report:
-            if not s["ttt"] or not s["k"]:
+            if not report.sure and not (s["ttt"] and s["k"]):
                 report.reason = "switched off"
             near = not s["check"] or (shown and not report.sure and shown[0]["score"] >= self.typical_score)
             if shown and (report.applied or near):
