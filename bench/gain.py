@@ -3,7 +3,8 @@
     python bench/gain.py evals/base-other evals/base-other-random evals/base-same … --out bench/figures/gain.png
 
 Folders of the same questions, model and records are one cell, named by the first of them; an arm that stands in several
-of them, with other seeds, counts by the mean of each question. All have the arm `none`. Bits per byte only.
+of them, with other seeds, counts by the mean of each question, and is refused where its settings differ. All have the
+arm `none`. Bits per byte only.
 """
 import argparse
 import sys
@@ -20,12 +21,13 @@ from files import InputError, Parser, finished_rows, run_main  # noqa: E402
 from plot import BLACK, BLUE, DASHED, VERMILLION, WIDTH, entitle, picture, short_lines  # noqa: E402
 from report import print_table, results_of  # noqa: E402
 
-SAME = ("data_sha256", "limit", "measure", "weights", "index_manifest", "leaks")
+SAME = ("data_sha256", "limit", "cluster", "measure", "prompts", "answer_tokens", "record_tokens", "weights", "dtype",
+        "index_manifest", "leaks")
 
 
 def cells_of(folders):
     """{name of the cell: {arm: {"bpb": [its rows' values of each folder], "seconds": [...], "groups": [...]}}}."""
-    cells, names = {}, {}
+    cells, names, arms = {}, {}, {}
     for folder in folders:
         settings, rows = results_of(folder)
         if settings["measure"] != "bpb" or "none" not in rows:
@@ -34,8 +36,13 @@ def cells_of(folders):
         name = names.setdefault(tuple(settings[key] for key in SAME), folder.name)
         seconds = {}
         for _, timing in finished_rows(folder / "timings.jsonl", b'{"arm": '):
+            if not timing["questions"]:  # of a rank to which none of the last questions fell
+                continue
             seconds.setdefault(timing["arm"], []).append(timing["seconds"] / timing["questions"])
-        for arm in settings["arms"]:
+        for arm, how in settings["arms"].items():
+            if arms.setdefault((name, arm), how) != how and arm != "none":
+                raise InputError(f"{folder}: the arm {arm} is {how}, elsewhere {arms[name, arm]}; expected the same "
+                                 "settings, or one of the folders left out")
             own = sorted(rows[arm], key=lambda row: row["number"])
             of = cells.setdefault(name, {}).setdefault(arm, {"bpb": [], "seconds": [], "kept": Counter(),
                                                              "groups": [row["group"] for row in own]})

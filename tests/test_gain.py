@@ -12,8 +12,9 @@ from files import InputError
 def evaluation(folder, arms, seed=0, **more):
     """A finished evaluation; arms {name: [bits per byte of each question]}."""
     folder.mkdir()
-    settings = {"data_sha256": "d", "limit": None, "measure": "bpb", "weights": "w", "index_manifest": "i",
-                "leaks": "strict", "seed": seed, "arms": dict.fromkeys(arms), "questions": 4}
+    settings = {"data_sha256": "d", "limit": None, "cluster": None, "measure": "bpb", "prompts": "p", "weights": "w",
+                "answer_tokens": 1024, "record_tokens": 384, "dtype": "bf16", "index_manifest": "i", "leaks": "strict",
+                "seed": seed, "arms": dict.fromkeys(arms), "questions": 4}
     (folder / "config.json").write_text(json.dumps(settings | more))
     rows = [{"number": n, "arm": arm, "group": str(n), "bpb": value} | ({"applied": n > 1} if arm == "ttt" else {})
             for arm, values in arms.items() for n, value in enumerate(values)]
@@ -36,6 +37,8 @@ def test_an_arm_in_percent_of_none(tmp_path, capsys):
     assert (found["worse"], found["n"]) == (0, 4)  # 0.8 % in the mean of both seeds
     other = gain.change(cells["c"]["none"], cells["c"]["context:k=1"])
     assert other["change"] == pytest.approx(-100 * 0.985 / 8) and other["worse"] == 1
+    # Clopper & Pearson's bound of 0 and of 1 of 4: (1 - x)^4 = 0.05, and (1 - x)^4 + 4 x (1 - x)^3 = 0.05
+    assert (found["most"], other["most"]) == (pytest.approx(0.52713, abs=1e-5), pytest.approx(0.75140, abs=1e-5))
     assert np.median(cells["a"]["ttt"]["seconds"]) == 4.0 and cells["a"]["ttt"]["kept"] == {True: 4, False: 4}
     gain.show(cells)
     out = capsys.readouterr().out
@@ -47,6 +50,29 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         gain.cells_of([evaluation(tmp_path / "a", {"ttt": [1.0] * 4})])
     with pytest.raises(InputError, match=r"b: found loglik"):
         gain.cells_of([evaluation(tmp_path / "b", {"none": [1.0] * 4}, measure="loglik")])
+
+
+    folders = [evaluation(tmp_path / name, {"none": [1.0] * 4, "ttt": [1.0] * 4}) for name in "cd"]
+    for folder, sure in zip(folders, (0.3, 0.5)):
+        settings = json.loads((folder / "config.json").read_text())
+        settings["arms"] = {"none": {"k": sure}, "ttt": {"sure": sure}}
+        (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"d: the arm ttt is {'sure': 0.5}, elsewhere {'sure': 0.3}"):
+        gain.cells_of(folders)
+
+
+@pytest.mark.parametrize("setting", gain.SAME)
+def test_what_differs_in_one_setting_is_a_cell_of_its_own(tmp_path, setting):
+    folders = [evaluation(tmp_path / "a", {"none": [1.0] * 4}),
+               evaluation(tmp_path / "b", {"none": [2.0] * 4}, **({} if setting == "measure" else {setting: "other"}))]
+    assert len(gain.cells_of(folders)) == (1 if setting == "measure" else 2)
+
+
+def test_a_rank_without_a_question_has_no_seconds_a_question(tmp_path):
+    folder = evaluation(tmp_path / "a", {"none": [1.0] * 4})
+    with open(folder / "timings.jsonl", "a") as file:
+        file.write(json.dumps({"arm": "none", "questions": 0, "seconds": 0.0}) + "\n")
+    assert gain.cells_of([folder])["a"]["none"]["seconds"] == [1.0, 3.0, 5.0, 7.0]
 
 
 def test_the_picture_has_a_panel_a_cell_and_a_point_an_arm(tmp_path):
