@@ -1,7 +1,8 @@
-"""bench/steps.py: its flat step is adapt.py's, SIFT is the choice of its definition, groups hold the nearest."""
+"""bench/steps.py: its flat step is adapt.py's, SIFT is as defined, groups hold the nearest, a killed run goes on."""
 import numpy as np
 import pytest
 import torch
+from conftest import write_jsonl
 
 from adapt import make_update
 from bench import steps
@@ -46,3 +47,23 @@ def test_groups_hold_each_question_once_and_its_nearest():
     angles = np.array([0.0, 2.0, 0.1, 2.1, 0.2, 4.0])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     assert list(steps.groups([0, 1, 2, 3, 4, 5], vectors, size=3)) == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_a_question_that_a_kill_cut_short_is_asked_again_and_counts_once(tmp_path):
+    def row(question, k, context, **more):
+        return {"cell": "base-other", "row": question, "trial": "t", "seed": 0, "k": k, "context": context} | (
+            {"nats": 1.0, "bytes": 1} | more)
+    failed = {"cell": "base-other", "row": 3, "trial": "t", "seed": 0, "failed": "a log-likelihood is not finite"}
+    whole = [row(1, k, context) for k in (1, 4) for context in (0, 4)]
+    write_jsonl(tmp_path / "dev.jsonl", [*whole, row(2, 1, 0, nats=9.0), failed])
+    trials = [{"name": "t", "cells": ["base-other", "sft-other"], "k": [1, 4], "context": [4], "questions": 3}]
+    asked = {"base-other": [{"row": i} for i in (1, 2, 3, 5)], "sft-other": [{"row": 7}]}
+    rows = steps.rows_of(tmp_path / "dev.jsonl")
+    assert [(cell, one["row"], seed) for cell, one, _, seed in steps.jobs_of(rows, trials, asked)] == [
+        ("base-other", 2, 0), ("sft-other", 7, 0)]
+    assert [one["row"] for _, one, *_ in steps.jobs_of(rows, trials, asked, "sft")] == [7]
+    again = [row(2, k, context) for k in (1, 4) for context in (0, 4)]
+    write_jsonl(tmp_path / "dev.jsonl", [*whole, row(2, 1, 0, nats=9.0), *again])
+    rows = steps.rows_of(tmp_path / "dev.jsonl")
+    assert [one["row"] for _, one, *_ in steps.jobs_of(rows, trials, asked)] == [3, 7]
+    assert steps.means(rows)["base-other", "t", 1, 0] == (pytest.approx(1 / np.log(2)), 2)
