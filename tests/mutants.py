@@ -190,6 +190,11 @@ MUTANTS = {
          'done[row["cell"], row["row"], row["trial"], row["seed"]] += 99', KILLED_RUN),
         ('names = ("cell", "row", "trial", "seed", "k", "context")',
          'names = ("cell", "row", "trial", "seed", "k", "context", "nats")', KILLED_RUN),
+        ("candidates = [i for i in np.flatnonzero(np.isin(part, [\"B\", \"test\"])) if i not in used]",
+         "candidates = np.flatnonzero(np.isin(part, [\"B\", \"test\"]))",
+         "test_steps.py::test_fresh_questions_are_of_b_and_what_is_left_of_the_test"),
+        ("allowed, rule = own & (np.arange(len(rows)) != i), \"strict\" if setting == \"other\" else \"same-page\"",
+         "allowed, rule = own, \"off\"", "test_steps.py::test_no_question_is_a_neighbour_of_itself_or_of_its_group"),
         ("left = [i for i in left if i not in group]", "left = left[size:]",
          "test_steps.py::test_groups_hold_each_question_once_and_its_nearest")],
     "bench/gain.py": [

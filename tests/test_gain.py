@@ -18,7 +18,7 @@ def evaluation(folder, arms, seed=0, **more):
     (folder / "config.json").write_text(json.dumps(settings | more))
     rows = [{"number": n, "arm": arm, "group": str(n), "bpb": value} | ({"applied": n > 1} if arm == "ttt" else {})
             for arm, values in arms.items() for n, value in enumerate(values)]
-    write_jsonl(folder / "results.jsonl", rows[::-1])
+    write_jsonl(folder / "results.jsonl", rows if seed else rows[::-1])
     write_jsonl(folder / "timings.jsonl", [{"arm": row["arm"], "questions": 2, "seconds": 2.0 + 4 * row["number"]}
                                            for row in rows])
     return folder
@@ -31,6 +31,7 @@ def test_an_arm_in_percent_of_none(tmp_path, capsys):
                evaluation(tmp_path / "c", {"none": [2.0] * 4, "context:k=1": [1.0, 1.5, 2.5, 2.015]}, limit=4)]
     cells = gain.cells_of(folders)
     assert list(cells) == ["a", "c"] and list(cells["a"]) == ["none", "ttt"]
+    assert cells["a"]["ttt"]["bpb"] == [[1.016, 1.0, 3.0, 4.0], [1.0, 1.0, 3.0, 4.0]]  # whatever order they stand in
     found = gain.change(cells["a"]["none"], cells["a"]["ttt"])
     assert found["change"] == pytest.approx(100 * (0.008 - 1.0) / 10) and found["low"] < found["change"] < found["high"]
     assert found["by_seed"] == pytest.approx([-9.84, -10.0])
