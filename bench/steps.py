@@ -455,7 +455,7 @@ def tried(bench, cell, asked, trial, seed):
 
 
 def trials_of(name, out):
-    """The trials of a phase: of "grid" from protocol.json, of "dev" as `choose` found them, of "test" as committed."""
+    """The trials of a phase: "grid", "variants", "test" as protocol.json has them, "dev" as the grid's rows say."""
     if name == "grid":
         grid = PROTOCOL["grid"]
         settings = {"k": grid["k"], "context": grid["context"], "questions": grid["questions"]}
@@ -667,7 +667,8 @@ def main():
     parser.add_argument("--data", metavar="FILE", help="split: MedQuAD's rows")
     parser.add_argument("--traces", metavar="FILE", help="cells: rows of long reasoning, for the leave-one-out cells")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--trials", nargs="+", default=["test"], help="run: grid, dev, test; grid:sft: its cells alone")
+    parser.add_argument("--trials", nargs="+", default=["test"],
+                        help="run: grid, dev, variants, test; grid:sft: its cells alone")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="run: no trial of a phase begins later")
     parser.add_argument("--workers", type=whole(1), default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
