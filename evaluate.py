@@ -182,8 +182,8 @@ def measured(run, questions, arms):
             for question, prompt in asked:
                 examples = [example_of(run, messages, was_cut)
                             for _, _, messages, was_cut in arm.trained(records[question.number, arm.train])]
-                alone, stops = prompt_of(run, question), run.stop_ids or {run.tokenizer.end_of_turn()}
-                sure = functools.partial(reason_if_sure, run.model, alone, stops) if arm.check else None
+                alone = prompt_of(run, question)
+                sure = functools.partial(reason_if_sure, run.model, alone, run.stop_ids) if arm.check else None
                 with adapted(run.model, examples, steps=arm.steps, lr=arm.lr, optimizer=arm.optimizer,
                              seed=run.args.seed, loss_after=False, check=arm.check, sure=sure) as report:
                     shown = arm.in_prompt(records[question.number, arm.context]) if arm.context else []
@@ -288,6 +288,7 @@ def load(run):
         run.encoder = run.index.load_encoder(args.encoder, run.world.device)
         if any(arm.check for arm in args.arms):
             run.typical_score = run.index.typical_score()
+            run.stop_ids = stop_ids_of(args.model) | {run.tokenizer.end_of_turn()}  # the model is asked as by ttt.py
     run.model = load_model(args.model, run.world.device, DTYPES[args.dtype])
 
 

@@ -40,6 +40,8 @@ def cells_of(folders):
             primary.setdefault(name, settings["primary"])
         seconds = {}
         for _, timing in finished_rows(folder / "timings.jsonl", b'{"arm": '):
+            if not timing["questions"]:  # of a rank to which none of the last questions fell
+                continue
             seconds.setdefault(timing["arm"], []).append(timing["seconds"] / timing["questions"])
         for arm, its in settings["arms"].items():
             if settings_of.setdefault((name, arm), its) != its:

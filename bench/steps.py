@@ -483,6 +483,18 @@ def work(args, jobs, results):
     results.put(None)
 
 
+def jobs_of(rows, trials, asked_of, model=""):
+    """[(cell, question, trial, seed)] that have not all their rows yet, in the order of `trials`: a kill may have cut
+    one short. `asked_of` {cell: its questions}; only cells that begin with `model`."""
+    done = Counter()
+    for row in rows:
+        done[row["cell"], row["row"], row["trial"], row["seed"]] += 99 if "failed" in row else 1
+    return [(cell, asked, trial, seed)
+            for trial in trials for cell in trial["cells"] if cell.startswith(model)
+            for asked in asked_of[cell][:trial.get("questions")] for seed in trial.get("seeds", [0])
+            if done[cell, asked["row"], trial["name"], seed] < len(trial["k"]) * (1 + len(trial["context"]))]
+
+
 def run_trials(args):
     """Appends the rows of all trials to OUT/PHASE.jsonl, those that are not there yet, in the order of the protocol."""
     data, context = json.loads((args.out / "cells.json").read_text())["cells"], mp.get_context("spawn")
@@ -495,14 +507,8 @@ def run_trials(args):
         if name == "dev":
             write_json(args.out / "dev.json", dev_trials(means(rows_of(args.out / "grid.jsonl")), args.out))
         path = args.out / f"{name}.jsonl"
-        done = Counter()  # rows of a question and trial: a kill may have cut one short
-        for row in rows_of(path):
-            done[row["cell"], row["row"], row["trial"], row["seed"]] += 99 if "failed" in row else 1
-        jobs = [(cell, asked, trial, seed)
-                for trial in trials_of(name, args.out) for cell in trial["cells"] if cell.startswith(model)
-                for asked in data[cell]["test" if name == "test" else "dev"][:trial.get("questions")]
-                for seed in trial.get("seeds", [0])
-                if done[cell, asked["row"], trial["name"], seed] < len(trial["k"]) * (1 + len(trial["context"]))]
+        jobs = jobs_of(rows_of(path), trials_of(name, args.out), {
+            cell: parts.get("test" if name == "test" else "dev") for cell, parts in data.items()}, model)
         begin, sent, measured = time.perf_counter(), 0, 0
         with appended(path) as append:
             while measured < len(jobs):
@@ -520,7 +526,9 @@ def run_trials(args):
 
 
 def rows_of(path):
-    return [row for _, row in finished_rows(path, b'{"cell": ')]
+    """The rows of a phase; of a question that was begun, cut short and asked again, those of the last time."""
+    names = ("cell", "row", "trial", "seed", "k", "context")
+    return [*{tuple(row.get(name) for name in names): row for _, row in finished_rows(path, b'{"cell": ')}.values()]
 
 # ----- choices -------------------------------------------------------------------------------------------------------
 

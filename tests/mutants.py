@@ -41,11 +41,13 @@ KEY = "test_calls.py::test_the_key_is_a_hash_of_model_messages_parameters_and_sc
 CHOICE = "test_prompts.py::test_the_choice_between_two_questions"
 BATCHED = "test_synth.py::test_a_batch_that_another_engine_answered_is_the_online_run"
 
+KILLED_RUN = "test_steps.py::test_a_question_that_a_kill_cut_short_is_asked_again_and_counts_once"
 SIFT = "test_steps.py::test_sift_leaves_the_least_variance"
 
 # {file: [(old line, new line, the test that must fail), …]}; lines without their indentation
 MUTANTS = {
     "generate.py": [
+        ("def doubt(model, ids, stop_ids=(), n=32):", "def doubt(model, ids, stop_ids=(), n=8):", DOUBT),
         ("for row in ([*ids, *tokens[:-1]], [*[-100] * (len(ids) - 1), *tokens]))",
          "for row in ([*ids, *tokens], [*[-100] * len(ids), *tokens]))", DOUBT),
         ("return -model(read, labels=labels).sum().item() / len(tokens)",
@@ -143,6 +145,7 @@ MUTANTS = {
         (NEARNESS.format(">="), NEARNESS.format(">=").replace("not report.sure and ", ""), ASKED),
         ("if shown and (report.applied or near):", "if shown and near:", NEAR),
         ('if not (s["ttt"] and s["k"]) and not report.sure:', 'if not (s["ttt"] and s["k"]):', ASKED),
+        ('if s["check"] and neighbours else None) as report:', 'if s["check"] else None) as report:', ASKED),
         ("if (nats := doubt(model, ids, stop_ids)) < SURE:", "if (nats := doubt(model, ids, stop_ids)) > SURE:", ASKED),
         ('paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam", "always": True}',
          'paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam"}',
@@ -183,9 +186,22 @@ MUTANTS = {
          SIFT),
         ("exact = weights.float() - lr * d", "exact = weights.float() + lr * d",
          "test_steps.py::test_the_flat_step_is_the_step_of_the_program"),
+        ('done[row["cell"], row["row"], row["trial"], row["seed"]] += 99 if "failed" in row else 1',
+         'done[row["cell"], row["row"], row["trial"], row["seed"]] += 99', KILLED_RUN),
+        ('names = ("cell", "row", "trial", "seed", "k", "context")',
+         'names = ("cell", "row", "trial", "seed", "k", "context", "nats")', KILLED_RUN),
+        ("candidates = [i for i in np.flatnonzero(np.isin(part, [\"B\", \"test\"])) if i not in used]",
+         "candidates = np.flatnonzero(np.isin(part, [\"B\", \"test\"]))",
+         "test_steps.py::test_fresh_questions_are_of_b_and_what_is_left_of_the_test"),
+        ("allowed, rule = own & (np.arange(len(rows)) != i), \"strict\" if setting == \"other\" else \"same-page\"",
+         "allowed, rule = own, \"off\"", "test_steps.py::test_no_question_is_a_neighbour_of_itself_or_of_its_group"),
         ("left = [i for i in left if i not in group]", "left = left[size:]",
          "test_steps.py::test_groups_hold_each_question_once_and_its_nearest")],
     "bench/gain.py": [
+        ('if arms.setdefault((name, arm), how) != how and arm != "none":', "if False:",
+         "test_gain.py::test_what_cannot_be_compared_is_refused"),
+        ('if not timing["questions"]:  # of a rank to which none of the last questions fell', "if False:",
+         "test_gain.py::test_a_rank_without_a_question_has_no_seconds_a_question"),
         ('of["bpb"].append([row["bpb"] for row in own])', 'of["bpb"] = [[row["bpb"] for row in own]]',
          "test_gain.py::test_an_arm_in_percent_of_none"),
         ('own = sorted(rows[arm], key=lambda row: row["number"])', "own = rows[arm]",
@@ -196,6 +212,11 @@ MUTANTS = {
     "evaluate.py": [
         ('"arms": {arm.name: dataclasses.asdict(arm) | (asked if arm.check else {}) for arm in args.arms},',
          '"arms": {arm.name: dataclasses.asdict(arm) for arm in args.arms},',
+         "test_evaluate.py::test_an_arm_whose_settings_have_changed_is_another"),
+        ("run.stop_ids = stop_ids_of(args.model) | {run.tokenizer.end_of_turn()}  # the model is asked as by ttt.py",
+         "run.stop_ids = {run.tokenizer.end_of_turn()}",
+         "test_evaluate.py::test_the_arm_of_the_program_does_nothing_where_the_model_is_sure"),
+        ('asked = {"checked": CHECKED, "fall": FALL, "sure": SURE}', 'asked = {"checked": CHECKED, "fall": FALL}',
          "test_evaluate.py::test_an_arm_whose_settings_have_changed_is_another"),
         ("near = not report.sure and near_enough(run, shown)", "near = near_enough(run, shown)",
          "test_evaluate.py::test_the_arm_of_the_program_does_nothing_where_the_model_is_sure"),

@@ -2,6 +2,7 @@
 import json
 import re
 import threading
+import time
 import weakref
 
 import pytest
@@ -307,6 +308,32 @@ def test_a_sure_model_takes_no_step_and_is_asked_with_its_own_weights(reason):
     assert report.restored and same(model, before) and asked == [True]
     with adapt.adapted(model, [], sure=sure) as report:
         assert report.reason == (reason or "no neighbour to learn from") and report.sure == (reason is not None)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_question_to_the_model_that_fails_leaves_it_free_and_as_it_was(error):
+    """It is asked while no other thread may adapt the model, and the time that it takes is told."""
+    model, free = tiny(), []
+    before = bits(model)
+
+    def elsewhere():
+        def take():
+            free.append(adapt.LOCKS[model].acquire(blocking=False))
+            if free[-1]:
+                adapt.LOCKS[model].release()
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join()
+
+    def fails():
+        elsewhere()
+        raise error
+    with pytest.raises(error), adapt.adapted(model, tiny_examples(1), lr=1e-3, sure=fails):
+        pass
+    elsewhere()
+    assert free == [False, True] and same(model, before)
+    with adapt.adapted(model, tiny_examples(1), lr=1e-3, sure=lambda: time.sleep(0.02) or "it is sure") as report:
+        assert report.adapt_s >= 0.02
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

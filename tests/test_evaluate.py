@@ -229,7 +229,8 @@ def test_the_arm_of_the_program_has_records_in_the_prompt_where_its_steps_help_o
 
 
 def test_the_arm_of_the_program_does_nothing_where_the_model_is_sure(files, base, tmp_path, monkeypatch):
-    """The model is asked with the question alone, before each question's steps."""
+    """The model is asked with the question alone, before each question's steps; it stops where ttt.py would."""
+    monkeypatch.setattr(evaluate, "stop_ids_of", lambda folder: {7})
     asked, answers = [], iter([0.29, 0.31])
     monkeypatch.setattr(retrieve.Index, "typical_score", lambda self: -1.0)
     monkeypatch.setattr(ttt, "doubt", lambda model, ids, stop_ids: asked.append((ids, stop_ids)) or next(answers))
@@ -242,7 +243,7 @@ def test_the_arm_of_the_program_does_nothing_where_the_model_is_sure(files, base
     assert ttt_1["bpb"] == none["bpb"] and ttt_1["reason"].startswith("the model is sure of its own answer: 0.29 nats")
     assert (ttt_1["applied"], ttt_1["in_prompt"]) == (False, 0) and (ttt_2["applied"], ttt_2["in_prompt"]) == (True, 2)
     assert ttt_2["bpb"] != none_2["bpb"] and [ids for ids, _ in asked] == prompts[:2]
-    assert [stops for _, stops in asked] == [{Tokenizer.from_dir(base).end_of_turn()}] * 2
+    assert [stops for _, stops in asked] == [{7, Tokenizer.from_dir(base).end_of_turn()}] * 2
 
 
 def test_an_arm_is_the_same_whatever_other_arms_stand_beside_it(files, base, tmp_path, monkeypatch):
@@ -386,10 +387,11 @@ def test_the_primary_comparison_cannot_be_named_afterwards(files, base, whole):
 
 
 def test_an_arm_whose_settings_have_changed_is_another(files, base, tmp_path, monkeypatch):
-    """The arm keeps its name, and the first of the three settings stands in another file than the next two."""
+    """The arm keeps its name, and the first three of the settings stand in other files than the next two."""
     arms = ["--limit", "1", "--arms", "none", "random-ttt:k=4"]
     run(files, base, tmp_path / "run", "bpb", *arms)
-    for change in ((evaluate, "FALL", 0.5), (arms_module.TTT, "lr", 1e-5), (arms_module.TTT, "context_k", 1)):
+    for change in ((evaluate, "FALL", 0.5), (evaluate, "CHECKED", 2), (evaluate, "SURE", 0.5),
+                   (arms_module.TTT, "lr", 1e-5), (arms_module.TTT, "context_k", 1)):
         with monkeypatch.context() as patch, pytest.raises(InputError, match="arms was"):
             (patch.setattr if change[0] is evaluate else patch.setitem)(*change)
             run(files, base, tmp_path / "run", "bpb", *arms)

@@ -39,6 +39,8 @@ def test_an_arm_in_percent_of_none(tmp_path, capsys):
     assert (found["worse"], found["n"]) == (0, 4)  # 0.8 % in the mean of both seeds
     other = gain.change(cells["c"]["none"], cells["c"]["context:k=1"])
     assert other["change"] == pytest.approx(-100 * 0.985 / 8) and other["worse"] == 1
+    # Clopper & Pearson's bound of 0 and of 1 of 4: (1 - x)^4 = 0.05, and (1 - x)^4 + 4 x (1 - x)^3 = 0.05
+    assert (found["most"], other["most"]) == (pytest.approx(0.52713, abs=1e-5), pytest.approx(0.75140, abs=1e-5))
     assert np.median(cells["a"]["ttt"]["seconds"]) == 4.0 and cells["a"]["ttt"]["kept"] == {True: 4, False: 4}
     gain.show(cells, {"a": ["ttt", "none"]})
     out = capsys.readouterr().out
@@ -66,6 +68,13 @@ def test_the_primary_comparison_is_in_percent_of_none():
     found = gain.change(none, one, other)
     assert found["change"] == pytest.approx(-25) and found["low"] < -25 < found["high"] and found["worse"] == 0
     assert gain.change(none, other, one)["worse"] == 4 and found["by_seed"] == pytest.approx([-25])
+
+
+def test_a_rank_without_a_question_has_no_seconds_a_question(tmp_path):
+    folder = evaluation(tmp_path / "a", {"none": [1.0] * 4})
+    with open(folder / "timings.jsonl", "a") as file:
+        file.write(json.dumps({"arm": "none", "questions": 0, "seconds": 0.0}) + "\n")
+    assert gain.cells_of([folder])[0]["a"]["none"]["seconds"] == [1.0, 3.0, 5.0, 7.0]
 
 
 def test_the_picture_has_a_panel_a_cell_and_a_point_an_arm(tmp_path):

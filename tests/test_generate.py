@@ -49,6 +49,7 @@ def test_doubt_is_the_mean_surprise_of_the_greedy_tokens(tmp_path):
     with torch.no_grad():
         logps = theirs(torch.tensor([prompt + new])).logits[0, len(prompt) - 1:-1].log_softmax(-1).amax(-1)
     assert G.doubt(ours, prompt, n=8) == pytest.approx(-logps.mean().item(), rel=1e-4)
+    assert G.doubt(ours, prompt) == G.doubt(ours, prompt, n=32) != G.doubt(ours, prompt, n=31)
     end = new.index(new[3])
     assert G.doubt(ours, prompt, {new[3]}, n=8) == pytest.approx(-logps[:end + 1].mean().item(), rel=1e-4)
     ours.config = replace(ours.config, max_position_embeddings=len(prompt) + 1)

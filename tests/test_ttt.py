@@ -188,6 +188,11 @@ def test_a_model_that_is_sure_of_its_own_answer_is_left_as_it_is(toy, nats, chec
         not sure] * 2 + [False] * max(0, k - 2)
     assert ("the model is sure of its own answer: 0.29 nats" in (result["ttt"]["reason"] or "")) == sure
     assert result["ttt"]["applied"] == (not check)
+    answerer.settings["k"] = 0  # neighbours only stand in the prompt; the reason why they do not is told, too
+    assert answerer.answer("What is asthma?")["ttt"]["reason"].startswith("the model is sure" if sure else "switched")
+    answerer.settings |= {"ttt": False, "k": 5}
+    answerer.answer("What is asthma?")
+    assert questions == [(plain, answerer.stop_ids)] * 2 * asked
 
 
 def test_the_papers_recipe_asks_nobody():
