@@ -103,7 +103,7 @@ class Evaluation:
     model: object = None
     index: object = None
     encoder: object = None
-    typical_score: float = float("inf")  # of the index, see Index.typical_score
+    near_score: float = float("inf")  # of the index, see Index.near_score
 
     @property
     def room(self):

@@ -85,7 +85,7 @@ from report import (
     with_holm,
 )
 from retrieve import Index
-from ttt import SURE, default_model, open_tokenizer, reason_if_sure, system_message
+from ttt import SURE, default_model, open_tokenizer, reason_if_sure, shows_neighbours, system_message
 from weights import DTYPES, stop_ids_of, weights_sha256
 
 # ----- measures ------------------------------------------------------------------------------------------------------
@@ -187,9 +187,9 @@ def measured(run, questions, arms):
                 with adapted(run.model, examples, steps=arm.steps, lr=arm.lr, optimizer=arm.optimizer,
                              seed=run.args.seed, loss_after=False, check=arm.check, sure=sure) as report:
                     shown = arm.in_prompt(records[question.number, arm.context]) if arm.context else []
-                    near = not report.sure and near_enough(run, shown)
-                    if arm.check and not (report.applied or near):
-                        prompt, shown = alone, []  # as ttt.py does
+                    nearest = max((score for _, score, _, _ in shown), default=-math.inf)
+                    if not shows_neighbours(report, arm.check, nearest, run.near_score):
+                        prompt, shown = alone, []
                     found += measure(run, [(question, prompt)])
                 found[-1] |= {"applied": report.applied} | ({"in_prompt": len(shown)} if arm.check else {}) | (
                     {"reason": report.reason} if report.reason else {})
@@ -204,11 +204,6 @@ def measured(run, questions, arms):
                 **({"neighbours": [{"id": i, "score": score} for i, score, _, _ in used],
                     **notes[question.number, kind]} if kind else {})}
     return rows, timings
-
-
-def near_enough(run, records):
-    """Whether the nearest record scores at least `Index.typical_score`, as in ttt.py."""
-    return max((score for _, score, _, _ in records), default=-math.inf) >= run.typical_score
 
 
 def begin_peak(device):
@@ -287,7 +282,7 @@ def load(run):
         run.index = Index.load(args.index)
         run.encoder = run.index.load_encoder(args.encoder, run.world.device)
         if any(arm.check for arm in args.arms):
-            run.typical_score = run.index.typical_score()
+            run.near_score = run.index.near_score()
             run.stop_ids = stop_ids_of(args.model) | {run.tokenizer.end_of_turn()}  # the model is asked as by ttt.py
     run.model = load_model(args.model, run.world.device, DTYPES[args.dtype])
 

@@ -53,7 +53,7 @@ def generate(model, ids, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, to
             return
 
 
-def doubt(model, ids, stop_ids=(), n=32):
+def greedy_nll(model, ids, stop_ids=(), n=32):
     """Mean −log p, in nats, of the n tokens (or up to a stop) that the model writes greedily after the prompt `ids`.
 
     Low where the model is sure of what to say, rightly or not. `ids` as in `generate`.

@@ -95,7 +95,7 @@ class Index:
             raise InputError(f"search: vectors {np.shape(vectors)}, k {k}; expected (Q, {width}), k from 1")
         return self.faiss.search(np.ascontiguousarray(vectors, dtype=np.float32), min(k, len(self.records)))
 
-    def typical_score(self, sample=1000):
+    def near_score(self, sample=1000):
         """The lower quartile of what a record scores with its nearest other: three quarters score at least this much.
         Over at most `sample` records, every n-th; to four places, as scores are reported; inf where no record finds
         another. A question whose nearest record scores less lies where the index holds little."""

@@ -50,7 +50,7 @@ from files import (
     sha256,
     whole,
 )
-from generate import doubt, generate
+from generate import generate, greedy_nll
 from model import LlamaConfig, load_model
 from parallel import pick_device
 from retrieve import Index
@@ -76,7 +76,7 @@ class Answerer:
         if settings["ttt"]:
             self.index = Index.load(settings["index"])
             self.encoder = self.index.load_encoder(settings["encoder"], device)
-            self.typical_score = self.index.typical_score() if settings["check"] and settings["context"] else None
+            self.near_score = self.index.near_score() if settings["check"] and settings["context"] else None
         self.tokenizer, _ = open_tokenizer(settings["model"])
         self.stop_ids = stop_ids_of(settings["model"]) | {self.tokenizer.end_of_turn()}
         self.model = load_model(settings["model"], device, DTYPES[settings["dtype"]])  # last: it may take minutes
@@ -163,8 +163,7 @@ class Answerer:
                      if s["check"] and neighbours else None) as report:
             if not (s["ttt"] and s["k"]) and not report.sure:
                 report.reason = "switched off"
-            near = not s["check"] or (shown and not report.sure and shown[0]["score"] >= self.typical_score)
-            if shown and (report.applied or near):
+            if shown and shows_neighbours(report, s["check"], shown[0]["score"], self.near_score):
                 ids = longer
                 for neighbour in shown:
                     neighbour["in_prompt"] = True
@@ -230,9 +229,15 @@ def at_row(where, function, *args):
 
 def reason_if_sure(model, ids, stop_ids):
     """Why a model that is sure of its own answer to the prompt `ids` is left as it is; None where it is not sure."""
-    if (nats := doubt(model, ids, stop_ids)) < SURE:
+    if (nats := greedy_nll(model, ids, stop_ids)) < SURE:
         return f"the model is sure of its own answer: {nats:.2f} nats a token, expected {SURE} or more"
     return None
+
+
+def shows_neighbours(report, check, nearest, near_score):
+    """Whether neighbours stand in the prompt: where steps were kept, or where the model is not sure and the `nearest`
+    scores `near_score` at least; without `check` always."""
+    return not check or report.applied or (not report.sure and nearest >= near_score)
 
 
 def split_answer(text):

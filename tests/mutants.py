@@ -27,9 +27,9 @@ ADAPTED = 'with adapted(self.model, {}, steps=s["steps"], lr={}, optimizer=s["op
 ADAMW = "test_train.py::test_a_run_is_plain_adamw_with_clip_warm_up_and_cosine"
 FLAGS = "test_sft.py::test_the_flags_reach_the_optimizer_and_the_schedule"
 FLUSHED = "test_files.py::test_all_of_it_is_flushed_before_the_rename_and_the_rename_after"
-NEARNESS = 'near = not s["check"] or (shown and not report.sure and shown[0]["score"] {} self.typical_score)'
+NEARNESS = "return not check or report.applied or (not report.sure and nearest {} near_score)"
 ASKED = "test_ttt.py::test_a_model_that_is_sure_of_its_own_answer_is_left_as_it_is"
-DOUBT = "test_generate.py::test_doubt_is_the_mean_surprise_of_the_greedy_tokens"
+NLL = "test_generate.py::test_greedy_nll_is_the_mean_surprise_of_the_greedy_tokens"
 NEAR = "test_ttt.py::test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is_near"
 TTT_FLAGS = "test_ttt.py::test_the_steps_are_taken_nearest_first_and_as_the_flags_say"
 SCRAPS = "test_files.py::test_scraps_of_the_killed_are_cleared_whatever_their_name_and_those_of_the_living_stay"
@@ -47,11 +47,11 @@ SIFT = "test_steps.py::test_sift_leaves_the_least_variance"
 # {file: [(old line, new line, the test that must fail), …]}; lines without their indentation
 MUTANTS = {
     "generate.py": [
-        ("def doubt(model, ids, stop_ids=(), n=32):", "def doubt(model, ids, stop_ids=(), n=8):", DOUBT),
+        ("def greedy_nll(model, ids, stop_ids=(), n=32):", "def greedy_nll(model, ids, stop_ids=(), n=8):", NLL),
         ("for row in ([*ids, *tokens[:-1]], [*[-100] * (len(ids) - 1), *tokens]))",
-         "for row in ([*ids, *tokens], [*[-100] * len(ids), *tokens]))", DOUBT),
+         "for row in ([*ids, *tokens], [*[-100] * len(ids), *tokens]))", NLL),
         ("return -model(read, labels=labels).sum().item() / len(tokens)",
-         "return -model(read, labels=labels).sum().item() / n", DOUBT),
+         "return -model(read, labels=labels).sum().item() / n", NLL),
         ("hidden.masked_fill_(((places > place) | (places < pads))[:, None, None], -math.inf)",
          "hidden.masked_fill_((places > place)[None, None, None], -math.inf)", BATCH),
         ("cache.kv[:, :, i, :, :cache.length] = cache.kv[:, :, j, :, :cache.length]", "pass", BATCH),
@@ -143,10 +143,11 @@ MUTANTS = {
          "test_ttt.py::test_neighbours_that_would_take_the_answers_room_stay_out_of_the_prompt"),
         (NEARNESS.format(">="), NEARNESS.format("<"), NEAR),
         (NEARNESS.format(">="), NEARNESS.format(">=").replace("not report.sure and ", ""), ASKED),
-        ("if shown and (report.applied or near):", "if shown and near:", NEAR),
+        (NEARNESS.format(">="), NEARNESS.format(">=").replace("report.applied or ", ""), NEAR),
         ('if not (s["ttt"] and s["k"]) and not report.sure:', 'if not (s["ttt"] and s["k"]):', ASKED),
         ('if s["check"] and neighbours else None) as report:', 'if s["check"] else None) as report:', ASKED),
-        ("if (nats := doubt(model, ids, stop_ids)) < SURE:", "if (nats := doubt(model, ids, stop_ids)) > SURE:", ASKED),
+        ("if (nats := greedy_nll(model, ids, stop_ids)) < SURE:",
+         "if (nats := greedy_nll(model, ids, stop_ids)) > SURE:", ASKED),
         ('paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam", "always": True}',
          'paper = {"k": 1, "context": 0, "steps": 1, "lr": 1e-5, "optimizer": "adam"}',
          "test_ttt.py::test_the_papers_recipe_asks_nobody"),
@@ -218,9 +219,7 @@ MUTANTS = {
          "test_evaluate.py::test_the_arm_of_the_program_does_nothing_where_the_model_is_sure"),
         ('asked = {"checked": CHECKED, "fall": FALL, "sure": SURE}', 'asked = {"checked": CHECKED, "fall": FALL}',
          "test_evaluate.py::test_an_arm_whose_settings_have_changed_is_another"),
-        ("near = not report.sure and near_enough(run, shown)", "near = near_enough(run, shown)",
-         "test_evaluate.py::test_the_arm_of_the_program_does_nothing_where_the_model_is_sure"),
-        ("if arm.check and not (report.applied or near):", "if arm.check and not report.applied:",
+        ("if not shows_neighbours(report, arm.check, nearest, run.near_score):", "if arm.check and not report.applied:",
          "test_evaluate.py::test_the_arm_of_the_program_has_records_in_the_prompt_where_its_steps_help_or_one_is_near"),
         ("k = max((arm.most for arm in arms if arm.train or arm.context), default=0)",
          "k = max((arm.k for arm in arms if arm.train or arm.context), default=0)",
@@ -269,10 +268,10 @@ MUTANTS = {
     "retrieve.py": [
         ("nobody = (found == ids[:, None]) | (found < 0)  # itself, and what another factory than Flat did not find",
          "nobody = found < 0",
-         "test_retrieve.py::test_the_typical_score_is_the_lower_quartile_of_the_nearest_others"),
+         "test_retrieve.py::test_the_near_score_is_the_lower_quartile_of_the_nearest_others"),
         ("nobody = (found == ids[:, None]) | (found < 0)  # itself, and what another factory than Flat did not find",
          "nobody = found == ids[:, None]",
-         "test_retrieve.py::test_the_typical_score_counts_only_what_was_found_and_is_rounded_as_scores_are"),
+         "test_retrieve.py::test_the_near_score_counts_only_what_was_found_and_is_rounded_as_scores_are"),
         ("hold(args.out)", "pass", "test_retrieve.py::test_two_builds_do_not_write_one_index"),
         ("scores, ids = index.search(encoder.encode([args.query], is_query=True), args.k)",
          "scores, ids = index.search(encoder.encode([args.query]), args.k)",

@@ -213,7 +213,7 @@ def test_the_arm_of_the_program_has_records_in_the_prompt_where_its_steps_help_o
         checks.append((len(examples), settings["check"]))
         return adapted(model, examples, **settings)
     monkeypatch.setattr(evaluate, "adapted", noted)
-    monkeypatch.setattr(retrieve.Index, "typical_score", lambda self: typical[-1])
+    monkeypatch.setattr(retrieve.Index, "near_score", lambda self: typical[-1])
     arms = ("none", "ttt:k=5,context=2,lr=1e-6", "ttt:k=3,context=2,lr=1e-3", "context:k=2",
             "nearest+context:k=3,context=2,lr=1e-3")
     for i, score in enumerate((9.0, -1.0)):
@@ -232,8 +232,8 @@ def test_the_arm_of_the_program_does_nothing_where_the_model_is_sure(files, base
     """The model is asked with the question alone, before each question's steps; it stops where ttt.py would."""
     monkeypatch.setattr(evaluate, "stop_ids_of", lambda folder: {7})
     asked, answers = [], iter([0.29, 0.31])
-    monkeypatch.setattr(retrieve.Index, "typical_score", lambda self: -1.0)
-    monkeypatch.setattr(ttt, "doubt", lambda model, ids, stop_ids: asked.append((ids, stop_ids)) or next(answers))
+    monkeypatch.setattr(retrieve.Index, "near_score", lambda self: -1.0)
+    monkeypatch.setattr(ttt, "greedy_nll", lambda model, ids, stop_ids: asked.append((ids, stop_ids)) or next(answers))
     prompts = []
     monkeypatch.setattr(evaluate, "prompt_of", lambda run, question, records=(): (
         prompts.append(prompt_of(run, question, records)) or prompts[-1]))
@@ -249,13 +249,17 @@ def test_the_arm_of_the_program_does_nothing_where_the_model_is_sure(files, base
 def test_an_arm_is_the_same_whatever_other_arms_stand_beside_it(files, base, tmp_path, monkeypatch):
     """More records in the prompt than are trained on are looked up; and only those in the prompt say whether one is
     near, not the further ones of another arm."""
-    monkeypatch.setattr(evaluate, "near_enough", lambda run, records: len(records) > 2)
+    seen = []
+    monkeypatch.setattr(evaluate, "shows_neighbours", lambda report, check, nearest, near_score: (
+        seen.append(nearest) if check else True))
     arms = "nearest+context:k=1,context=3,lr=1e-3", "random-ttt:k=5,context=2,lr=1e-9"
     beside = run(files, base, tmp_path / "beside", "bpb", "--limit", "1", "--arms", *arms, "none", "random-context:k=8")
     for arm, wanted in zip(arms, (3, 5)):
         alone = run(files, base, tmp_path / str(wanted), "bpb", "--limit", "1", "--arms", arm)[1, arm]
         assert len(alone["neighbours"]) == wanted  # and masked are counted over the records of all arms
         assert alone | {"masked": {}} == beside[1, arm] | {"masked": {}}
+    scores = [neighbour["score"] for neighbour in beside[1, arms[1]]["neighbours"]]
+    assert seen == [max(scores[:2])] * 2 and max(scores[:2]) < max(scores)
     assert beside[1, arms[1]]["in_prompt"] == 0 and beside[1, arms[1]]["nats"] == pytest.approx(
         beside[1, "none"]["nats"], abs=1e-4)
 

@@ -41,19 +41,19 @@ def test_cached_and_naive_generation_agree(name, tmp_path):
         assert cached == their_generate(theirs, prompt, 40)
 
 
-def test_doubt_is_the_mean_surprise_of_the_greedy_tokens(tmp_path):
+def test_greedy_nll_is_the_mean_surprise_of_the_greedy_tokens(tmp_path):
     """Beside transformers' probabilities; up to a stop, which counts, and never more than the context holds."""
     theirs, ours = tiny_pair("tied", tmp_path)
     prompt = list(range(5, 14))
     new = naive_generate(ours, prompt, 8)
     with torch.no_grad():
         logps = theirs(torch.tensor([prompt + new])).logits[0, len(prompt) - 1:-1].log_softmax(-1).amax(-1)
-    assert G.doubt(ours, prompt, n=8) == pytest.approx(-logps.mean().item(), rel=1e-4)
-    assert G.doubt(ours, prompt) == G.doubt(ours, prompt, n=32) != G.doubt(ours, prompt, n=31)
+    assert G.greedy_nll(ours, prompt, n=8) == pytest.approx(-logps.mean().item(), rel=1e-4)
+    assert G.greedy_nll(ours, prompt) == G.greedy_nll(ours, prompt, n=32) != G.greedy_nll(ours, prompt, n=31)
     end = new.index(new[3])
-    assert G.doubt(ours, prompt, {new[3]}, n=8) == pytest.approx(-logps[:end + 1].mean().item(), rel=1e-4)
+    assert G.greedy_nll(ours, prompt, {new[3]}, n=8) == pytest.approx(-logps[:end + 1].mean().item(), rel=1e-4)
     ours.config = replace(ours.config, max_position_embeddings=len(prompt) + 1)
-    assert G.doubt(ours, prompt, n=8) == pytest.approx(-logps[:2].mean().item(), rel=1e-4)
+    assert G.greedy_nll(ours, prompt, n=8) == pytest.approx(-logps[:2].mean().item(), rel=1e-4)
 
 
 def greedy_prompts(tokenizer):

@@ -157,7 +157,7 @@ def test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is
                                                                                      expected, monkeypatch):
     answerer = ttt.Answerer(settings(toy, k=5, context=2, check=check, max_new_tokens=1))
     prompts, checks = prompts_of(answerer, monkeypatch), []
-    answerer.typical_score = typical
+    answerer.near_score = typical
 
     @contextlib.contextmanager
     def scripted(model, examples, **more):
@@ -177,9 +177,9 @@ def test_a_model_that_is_sure_of_its_own_answer_is_left_as_it_is(toy, nats, chec
     --always asks nobody."""
     answerer = ttt.Answerer(settings(toy, k=k, context=2, check=check, lr=1e-9, max_new_tokens=1))
     prompts, questions = prompts_of(answerer, monkeypatch), []
-    answerer.typical_score = -1.0
+    answerer.near_score = -1.0
     monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
-    monkeypatch.setattr(ttt, "doubt", lambda model, ids, stop_ids: questions.append((ids, stop_ids)) or nats)
+    monkeypatch.setattr(ttt, "greedy_nll", lambda model, ids, stop_ids: questions.append((ids, stop_ids)) or nats)
     result = answerer.answer("What is asthma?")
     plain = ttt.prompt_ids(answerer.tokenizer, None, "What is asthma?")
     assert questions == [(plain, answerer.stop_ids)] * asked
