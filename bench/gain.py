@@ -105,7 +105,8 @@ def draw(figure, cells):
             axes.plot(seconds, one["change"], "o", color=colour, markersize=5)
             left = "random" in arm  # its cost is that of its arm, whose name stands on the right
             axes.annotate(short_lines(arm, 14), (seconds, one["change"]), (-5 if left else 5, 0), fontsize=7,
-                          textcoords="offset points", color=colour, va="center", ha="right" if left else "left")
+                          textcoords="offset points", color=colour, va="center", ha="right" if left else "left",
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         axes.axhline(0, color=BLACK, **DASHED)
         axes.set_xscale("log")
         axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50], minor=False)

@@ -201,8 +201,9 @@ def cells(args):
         model, setting = cell.split("-")
         for name, asked in parts.items():
             write_rows(folder / f"{name}-{setting}.jsonl", [rows[one["row"]] for one in asked])
-            write_rows(folder / f"{model}-{name}.jsonl", [row for row in rows if row["part"] in (
-                *PROTOCOL["index"][model], "test" if name == "fresh" else name)])
+            if name != "fresh":  # its index is the test's
+                write_rows(folder / f"{model}-{name}.jsonl", [
+                    row for row in rows if row["part"] in (*PROTOCOL["index"][model], name)])
     if args.traces:
         traces = [row for _, _, row in read_data(args.traces)]
         records["traces"] = traces
@@ -223,7 +224,9 @@ def cells(args):
             of_python, records["python"], "off")} for one in there]}
     write_json(args.out / "cells.json", {"records": records, "cells": found})
     for cell, parts in found.items():
-        print(cell, {name: len(asked) for name, asked in parts.items()})
+        print(cell, {name: len(asked) for name, asked in parts.items()}, *(
+            f"{np.mean([len({*one['nearest'][:10]} - {*one['once'][:10]}) for one in asked]):.1f} of ten counted twice"
+            for name, asked in parts.items() if name == "dev"))
 
 # ----- one model, flat -----------------------------------------------------------------------------------------------
 
