@@ -61,7 +61,8 @@ def change(none, arm, other=None):
     "p"; "worse": questions that lose over 1 %, and "most", their share at most (one-sided 95 %); "by_seed": the change
     of each folder."""
     a, b = (np.mean(one["bpb"], axis=0) for one in (other or none, arm))
-    unit, found, worse = np.mean(none["bpb"]), stats.paired(a, b, arm["groups"]), stats.worse_share(1 - b / a, 0.01)
+    unit, found = np.mean(none["bpb"]), stats.paired(a, b, arm["groups"])
+    worse = stats.worse_share(1 - b / a, 0.01)
     return {"worse": worse["count"], "most": worse["upper"], "n": len(a), "p": found["p"],
             "by_seed": [100 * (np.mean(one) - a.mean()) / unit for one in arm["bpb"]],
             **{key: 100 * found[of] / unit for key, of in (
@@ -103,7 +104,7 @@ def draw(figure, cells):
             colour = VERMILLION if arm == "ttt" else BLACK if "random" in arm else BLUE
             axes.plot([seconds] * 2, [one["low"], one["high"]], color=colour, linewidth=1.2)
             axes.plot(seconds, one["change"], "o", color=colour, markersize=5)
-            left = "random" in arm  # its cost is that of its arm, whose name stands on the right
+            left = not of["kept"]  # without steps it is fast, and the names of the slow ones stand on the right
             axes.annotate(short_lines(arm, 14), (seconds, one["change"]), (-5 if left else 5, 0), fontsize=7,
                           textcoords="offset points", color=colour, va="center", ha="right" if left else "left",
                           bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
