@@ -31,9 +31,9 @@ def cells_of(folders):
     cells, names, settings_of, primary = {}, {}, {}, {}
     for folder in folders:
         settings, rows = results_of(folder)
-        if settings["measure"] != "bpb" or "none" not in rows:
+        if settings["measure"] != "bpb" or "none" not in rows or len(rows) < 2:
             raise InputError(f"{folder}: found {settings['measure']} and the arms {', '.join(rows)}; expected bpb, and "
-                             "none among them")
+                             "none and another among them")
         shared = {key: value for key, value in settings.items() if key not in MAY_DIFFER}
         name = names.setdefault(json.dumps(shared, sort_keys=True), folder.name)
         if settings.get("primary"):
@@ -43,6 +43,9 @@ def cells_of(folders):
             if not timing["questions"]:  # of a rank to which none of the last questions fell
                 continue
             seconds.setdefault(timing["arm"], []).append(timing["seconds"] / timing["questions"])
+        if set(seconds) != set(rows):
+            raise InputError(f"{folder}/timings.jsonl: found times of {', '.join(seconds) or 'no arm'}; expected of "
+                             f"{', '.join(rows)}")
         for arm, its in settings["arms"].items():
             if settings_of.setdefault((name, arm), its) != its:
                 raise InputError(f"{folder}: the arm {arm} has the settings {its}, and {settings_of[name, arm]} in "

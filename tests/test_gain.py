@@ -49,10 +49,12 @@ def test_an_arm_in_percent_of_none(tmp_path, capsys):
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"a: found bpb and the arms ttt; expected bpb, and none among them"):
+    with pytest.raises(InputError, match=r"a: found bpb and the arms ttt; expected bpb, and none and another"):
         gain.cells_of([evaluation(tmp_path / "a", {"ttt": [1.0] * 4})])
     with pytest.raises(InputError, match=r"b: found loglik"):
         gain.cells_of([evaluation(tmp_path / "b", {"none": [1.0] * 4}, measure="loglik")])
+    with pytest.raises(InputError, match=r"f: found bpb and the arms none; expected bpb, and none and another"):
+        gain.cells_of([evaluation(tmp_path / "f", {"none": [1.0] * 4})])
     arms = {"none": [1.0] * 4, "ttt": [1.0] * 4}
     settings = {"none": {"k": 4}, "ttt": {"k": 4, "sure": 0.3}}
     folders = [evaluation(tmp_path / "c", arms), evaluation(tmp_path / "d", arms, 1, arms=settings)]
@@ -60,6 +62,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         gain.cells_of(folders)
     other = evaluation(tmp_path / "e", arms, record_tokens=64, primary=["ttt", "none"])
     assert [list(found) for found in gain.cells_of([folders[0], other])] == [["c", "e"], ["e"]]
+    (folders[0] / "timings.jsonl").unlink()
+    with pytest.raises(InputError, match=r"c/timings.jsonl: found times of no arm; expected of none, ttt"):
+        gain.cells_of(folders[:1])
 
 
 def test_the_primary_comparison_is_in_percent_of_none():
@@ -71,7 +76,7 @@ def test_the_primary_comparison_is_in_percent_of_none():
 
 
 def test_a_rank_without_a_question_has_no_seconds_a_question(tmp_path):
-    folder = evaluation(tmp_path / "a", {"none": [1.0] * 4})
+    folder = evaluation(tmp_path / "a", {"none": [1.0] * 4, "ttt": [1.0] * 4})
     with open(folder / "timings.jsonl", "a") as file:
         file.write(json.dumps({"arm": "none", "questions": 0, "seconds": 0.0}) + "\n")
     assert gain.cells_of([folder])[0]["a"]["none"]["seconds"] == [1.0, 3.0, 5.0, 7.0]
