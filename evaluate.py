@@ -223,11 +223,11 @@ def evaluate(args, world):
     computed_on_rank_0(world, lambda: hold(out))
     tokenizer, context = open_tokenizer(args.model)
     run = Evaluation(args, world, tokenizer, context, system_message(args.system), set())
-    if args.measure == "generate":
+    if args.measure == "generate" or any(arm.check for arm in args.arms):  # it writes
         run.stop_ids = stop_ids_of(args.model) | {tokenizer.end_of_turn()}
-    elif args.measure == "loglik":
+    if args.measure == "loglik":
         args.answer_tokens = longest_option(run, questions)
-    elif args.answer_tokens is None:
+    elif args.measure == "bpb" and args.answer_tokens is None:
         args.answer_tokens = min(1024, context // 4)
     prompts = hashlib.sha256(repr(sorted(run.stop_ids)).encode())
     for question in questions:
@@ -283,7 +283,6 @@ def load(run):
         run.encoder = run.index.load_encoder(args.encoder, run.world.device)
         if any(arm.check for arm in args.arms):
             run.near_score = run.index.near_score()
-            run.stop_ids = stop_ids_of(args.model) | {run.tokenizer.end_of_turn()}  # the model is asked as by ttt.py
     run.model = load_model(args.model, run.world.device, DTYPES[args.dtype])
 
 

@@ -627,7 +627,7 @@ def dev_trials(found, out):
 
 def table(args):
     """Every trial of a phase against the model as it is: %, a clustered 95 % interval, how many became worse by 1 %."""
-    from stats import paired
+    from bench.gain import change
     data = json.loads((args.out / "cells.json").read_text())
     values = defaultdict(lambda: defaultdict(list))
     for row in rows_of(args.out / f"{args.trials[0]}.jsonl"):
@@ -644,13 +644,11 @@ def table(args):
             if of != cell or not (k or context):
                 continue
             rows = [row for row in found if row in none]
-            a, b = (np.array([np.mean(one[row]) for row in rows]) for one in (none, found))
+            a, b = ([np.mean(one[row]) for row in rows] for one in (none, found))
             records = data["records"][next(iter(data["cells"][cell].values()))[0]["from"]]
-            p = paired(a, b, [records[row].get("url", row) for row in rows])
-            low, high = (100 * p[end] / a.mean() for end in ("low", "high"))
-            lines.append((100 * p["difference"] / a.mean(), f"| {trial} | {k} | {context} | "
-                          f"{100 * p['difference'] / a.mean():+.2f} ({low:+.2f} to {high:+.2f}) | {len(rows)} | "
-                          f"{int((b > 1.01 * a).sum())} |"))
+            one = change({"bpb": [a]}, {"bpb": [b], "groups": [records[row].get("url", row) for row in rows]})
+            lines.append((one["change"], f"| {trial} | {k} | {context} | {one['change']:+.2f} ({one['low']:+.2f} to "
+                          f"{one['high']:+.2f}) | {one['n']} | {one['worse']} |"))
         print(*(line for _, line in sorted(lines)), sep="\n")
 
 
