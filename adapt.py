@@ -7,7 +7,7 @@
 
 Source: FineMedLM-o1 (arXiv 2501.09213, section on test-time training). Without stochastic rounding 3 % of such a step
 would be left (rounding.py). With `check` the steps are undone at the fourth example unless they help (take_steps); with
-`sure` none is taken where that gives a reason, such as a model that is sure of its own answer.
+`unless` none is taken where that gives a reason, such as a model that is sure of its own answer.
 
 Memory: 2 bytes a parameter on the device (the bf16 weights), the gradient of the layer at hand (each is used and freed
 as soon as it is complete; that of a tied embedding and head once both ends have added to it), the activations of one
@@ -160,7 +160,7 @@ class Report:
     """The outcome of `adapted`: whether a step was applied and, if not, why; the loss on the nearest example before and
     after; seconds."""
     applied: bool = False
-    sure: bool = False  # no step was asked for, because `sure` gave a reason
+    left_alone: bool = False  # no step was tried, because `unless` gave a reason
     reason: str | None = None
     loss_before: float | None = None
     loss_after: float | None = None
@@ -171,7 +171,7 @@ class Report:
 
 @contextlib.contextmanager
 def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, activation_checkpointing=None,
-            snapshot_device=None, loss_after=True, check=False, sure=None):
+            snapshot_device=None, loss_after=True, check=False, unless=None):
     """Context manager: inside it the model has taken its steps on `examples`, after it the model is as it was before.
 
     examples: [(ids, labels), …] as `data.training_example` makes them, nearest first. Yields a Report. Whatever leaves
@@ -181,7 +181,7 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
     gradient or step is not finite, or with `check` where steps do not help the next examples (see take_steps), the
     block runs with the weights as they were and the report says why.
     `loss_after`: False saves the forward pass that measures the gain, and with it the check that this loss is finite.
-    `sure`: called first, with the weights as they are; where it returns a reason, no step is taken, for that reason.
+    `unless`: called first, with the weights as they are; where it returns a reason, no step is taken, for that reason.
     The activations of a model of more than a billion parameters are computed again in backward, unless told otherwise.
     `snapshot_device` is where the original weights wait: by default as `place_for_snapshot` says.
     """
@@ -194,9 +194,9 @@ def adapted(model, examples, *, steps=1, lr=1e-5, optimizer="signsgd", seed=0, a
             raise RuntimeError(model.unusable)
         start = time.perf_counter()
         examples = [example for example in examples if any(label != -100 for label in example[1])]
-        reason = sure() if sure else None
-        report.sure = reason is not None
-        if report.sure or not examples:
+        reason = unless() if unless else None
+        report.left_alone = reason is not None
+        if report.left_alone or not examples:
             report.reason, report.restored = reason or "no neighbour to learn from", True
             report.adapt_s = time.perf_counter() - start
             yield report

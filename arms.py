@@ -103,7 +103,8 @@ class Evaluation:
     model: object = None
     index: object = None
     encoder: object = None
-    near_score: float = float("inf")  # of the index, see Index.near_score
+    far_score: float = float("nan")  # of the index, see Index.score_quantile
+    near_score: float = float("nan")
 
     @property
     def room(self):

@@ -85,7 +85,7 @@ from report import (
     with_holm,
 )
 from retrieve import Index
-from ttt import SURE, default_model, open_tokenizer, reason_if_sure, shows_neighbours, system_message
+from ttt import FAR, NEAR, SURE, default_model, open_tokenizer, reason_to_leave, shows_neighbours, system_message
 from weights import DTYPES, stop_ids_of, weights_sha256
 
 # ----- measures ------------------------------------------------------------------------------------------------------
@@ -182,13 +182,14 @@ def measured(run, questions, arms):
             for question, prompt in asked:
                 examples = [example_of(run, messages, was_cut)
                             for _, _, messages, was_cut in arm.trained(records[question.number, arm.train])]
+                shown = arm.in_prompt(records[question.number, arm.context]) if arm.context else []
+                nearest = max((score for _, score, _, _ in shown), default=-math.inf)
                 alone = prompt_of(run, question)
-                sure = functools.partial(reason_if_sure, run.model, alone, run.stop_ids) if arm.check else None
+                unless = functools.partial(reason_to_leave, run.model, alone, run.stop_ids, nearest, run.far_score)
                 with adapted(run.model, examples, steps=arm.steps, lr=arm.lr, optimizer=arm.optimizer,
-                             seed=run.args.seed, loss_after=False, check=arm.check, sure=sure) as report:
-                    shown = arm.in_prompt(records[question.number, arm.context]) if arm.context else []
-                    nearest = max((score for _, score, _, _ in shown), default=-math.inf)
-                    if not shows_neighbours(report, arm.check, nearest, run.near_score):
+                             seed=run.args.seed, loss_after=False, check=arm.check,
+                             unless=unless if arm.check else None) as report:
+                    if arm.check and not shows_neighbours(report, nearest, run.near_score):
                         prompt, shown = alone, []
                     found += measure(run, [(question, prompt)])
                 found[-1] |= {"applied": report.applied} | ({"in_prompt": len(shown)} if arm.check else {}) | (
@@ -282,7 +283,7 @@ def load(run):
         run.index = Index.load(args.index)
         run.encoder = run.index.load_encoder(args.encoder, run.world.device)
         if any(arm.check for arm in args.arms):
-            run.near_score = run.index.near_score()
+            run.far_score, run.near_score = map(run.index.score_quantile, (FAR, NEAR))
     run.model = load_model(args.model, run.world.device, DTYPES[args.dtype])
 
 
@@ -296,7 +297,7 @@ def settings_of(args):
     flags = ("benchmark", "limit", "cluster", "measure", "prompt", "by", "leaks", "record_tokens", "answer_tokens",
              "max_new_tokens", "temperature", "top_p", "batch_size", "system", "seed", "dtype", "primary")
     with_index = any(arm.train or arm.context for arm in args.arms)
-    asked = {"checked": CHECKED, "fall": FALL, "sure": SURE}
+    asked = {"checked": CHECKED, "fall": FALL, "sure": SURE, "far": FAR, "near": NEAR}
     return {flag: getattr(args, flag) for flag in flags} | {
         "arms": {arm.name: dataclasses.asdict(arm) | (asked if arm.check else {}) for arm in args.arms},
         "model": str(args.model), "weights": weights_sha256(args.model),

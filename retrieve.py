@@ -95,15 +95,15 @@ class Index:
             raise InputError(f"search: vectors {np.shape(vectors)}, k {k}; expected (Q, {width}), k from 1")
         return self.faiss.search(np.ascontiguousarray(vectors, dtype=np.float32), min(k, len(self.records)))
 
-    def near_score(self, sample=1000):
-        """The lower quartile of what a record scores with its nearest other: three quarters score at least this much.
-        Over at most `sample` records, every n-th; to four places, as scores are reported; inf where no record finds
-        another. A question whose nearest record scores less lies where the index holds little."""
+    def score_quantile(self, share, sample=1000):
+        """What a record scores with its nearest other: the score that a `share` of the records stays below. A question
+        whose nearest record scores less lies where the index holds little. Over at most `sample` records, every n-th;
+        to four places, as scores are reported; NaN, which no score is below or above, where no record finds another."""
         ids = np.arange(0, len(self.records), -(-len(self.records) // sample))
         scores, found = self.search(self.vectors[ids], 2)
         nobody = (found == ids[:, None]) | (found < 0)  # itself, and what another factory than Flat did not find
         others = np.where(nobody, -np.inf, scores).max(1)[~nobody.all(1)]  # equal records: the other may come first
-        return round(float(np.quantile(others, 0.25)), 4) if len(others) else np.inf
+        return round(float(np.quantile(others, share)), 4) if len(others) else np.nan
 
     def save(self, directory):
         """Writes vectors.safetensors, records.jsonl and manifest.json aside, then renames: the old index or the new."""

@@ -11,13 +11,14 @@ Source: FineMedLM-o1 (arXiv 2501.09213, section on test-time training: one step 
 The default, found on held-out questions (bench/README.md): k = 10, lr = 6e-5, four neighbours in the prompt, where
 that helps. Three are asked whether it does (--always: none):
 
-    the model        before any step: is it sure of its own answer? Then nothing is done: neighbours disturb what it
-                     knows.
+    the index        before any step: is the nearest further than 99 % of its records are from their own nearest? Then
+                     it is about something else, and nothing is done.
+    the model        is it sure of its own answer? Then nothing is done: neighbours disturb what it knows.
     the neighbours   after three steps: has the loss on neighbours 2 to 4, each just before its own step, fallen? Else
                      the steps are undone, as nearly always after SFT. Fewer than four (--k 3) are not asked.
-    the index        without steps: does the nearest score at least the lower quartile of what records score with their
-                     own nearest? Then it may hold the answer, and neighbours stand in the prompt, as they do where the
-                     steps are kept.
+
+Neighbours stand in the prompt where the steps are kept, and where the nearest may hold the answer: it scores at least
+what the lower quartile of the index's records scores.
 
     python ttt.py --question "…"                                    one question
     python ttt.py --questions FILE.jsonl --out ANSWERS.jsonl        many; run again to go on where it stopped
@@ -60,6 +61,7 @@ from weights import DTYPES, stop_ids_of, weights_sha256
 
 MAX_TRACE_TOKENS = 6144  # upstream's maximum length in training; a longer trace is cut at its end
 SURE = 0.3  # nats a token: its tokens have a probability of three quarters, in the geometric mean
+FAR, NEAR = 0.01, 0.25  # shares of the index's records, by the score of each with its own nearest
 
 # ----- a question ----------------------------------------------------------------------------------------------------
 
@@ -76,7 +78,8 @@ class Answerer:
         if settings["ttt"]:
             self.index = Index.load(settings["index"])
             self.encoder = self.index.load_encoder(settings["encoder"], device)
-            self.near_score = self.index.near_score() if settings["check"] and settings["context"] else None
+            if settings["check"]:
+                self.far_score, self.near_score = map(self.index.score_quantile, (FAR, NEAR))
         self.tokenizer, _ = open_tokenizer(settings["model"])
         self.stop_ids = stop_ids_of(settings["model"]) | {self.tokenizer.end_of_turn()}
         self.model = load_model(settings["model"], device, DTYPES[settings["dtype"]])  # last: it may take minutes
@@ -158,12 +161,14 @@ class Answerer:
         if on_neighbours:
             on_neighbours(neighbours)
         self.threads.leave_busy_cores()
+        nearest = next((one["score"] for one in neighbours if "skipped" not in one), None)
         with adapted(self.model, examples, steps=s["steps"], lr=s["lr"], optimizer=s["optimizer"],
-                     seed=s["seed"], check=s["check"], sure=(lambda: reason_if_sure(self.model, ids, self.stop_ids))
-                     if s["check"] and neighbours else None) as report:
-            if not (s["ttt"] and s["k"]) and not report.sure:
+                     seed=s["seed"], check=s["check"], unless=(
+                         lambda: reason_to_leave(self.model, ids, self.stop_ids, nearest, self.far_score))
+                     if s["check"] and nearest is not None else None) as report:
+            if not (s["ttt"] and s["k"]) and not report.left_alone:
                 report.reason = "switched off"
-            if shown and shows_neighbours(report, s["check"], shown[0]["score"], self.near_score):
+            if shown and (not s["check"] or shows_neighbours(report, nearest, self.near_score)):
                 ids = longer
                 for neighbour in shown:
                     neighbour["in_prompt"] = True
@@ -227,17 +232,20 @@ def at_row(where, function, *args):
         raise InputError(f"{where}: {error}") from None
 
 
-def reason_if_sure(model, ids, stop_ids):
-    """Why a model that is sure of its own answer to the prompt `ids` is left as it is; None where it is not sure."""
+def reason_to_leave(model, ids, stop_ids, nearest, far_score):
+    """Why nothing is done for a question: the `nearest` record scores less than `far_score`, or the model is sure of
+    its own answer to the prompt `ids`. None where neither is so."""
+    if nearest < far_score:
+        return f"the index has nothing near: the nearest scores {nearest:.3f}, expected {far_score:.3f} or more"
     if (nats := greedy_nll(model, ids, stop_ids)) < SURE:
         return f"the model is sure of its own answer: {nats:.2f} nats a token, expected {SURE} or more"
     return None
 
 
-def shows_neighbours(report, check, nearest, near_score):
-    """Whether neighbours stand in the prompt: where steps were kept, or where the model is not sure and the `nearest`
-    scores `near_score` at least; without `check` always."""
-    return not check or report.applied or (not report.sure and nearest >= near_score)
+def shows_neighbours(report, nearest, near_score):
+    """Whether neighbours stand in the prompt: where steps were kept, or where nothing spoke against them before and
+    the `nearest` scores `near_score` at least."""
+    return report.applied or (not report.left_alone and nearest >= near_score)
 
 
 def split_answer(text):
@@ -262,10 +270,10 @@ def default_model():
 
 def parse_args(argv=None):
     parser = Parser(description="Answer medical questions with test-time training: a step on each of the --k nearest "
-                    "records, the nearest --context of them in the prompt. By default the model is asked first whether "
-                    "it is sure of its own answer (then nothing is done), the neighbours whether the steps help (else "
-                    "they are undone), and the index whether the nearest is near. The defaults of --k, --context and "
-                    "--lr were found on held-out questions (bench/README.md).",
+                    "records, the nearest --context of them in the prompt. By default nothing is done where the index "
+                    "holds nothing near or the model is sure of its own answer, and steps that do not help the next "
+                    "neighbours are undone. The defaults of --k, --context and --lr were found on held-out questions "
+                    "(bench/README.md).",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--question", default=argparse.SUPPRESS, help="the question to answer")
@@ -281,8 +289,7 @@ def parse_args(argv=None):
                         "helps (paper: 1)")
     parser.add_argument("--context", type=whole(0), default=4,
                         help="so many of the nearest also stand in the prompt, as earlier turns, where the steps are "
-                        "kept, or the model is not sure and the nearest is near (paper: 0); with --k 0 they only stand "
-                        "there")
+                        "kept or the nearest is near (paper: 0); with --k 0 they only stand there")
     parser.add_argument("--steps", type=whole(1), default=1, help="gradient steps on each neighbour (paper: 1)")
     parser.add_argument("--lr", type=number(0), default=6e-5, help="learning rate of these steps (paper: 1e-5)")
     parser.add_argument("--optimizer", choices=("signsgd", "adam", "sgd"), default="signsgd",

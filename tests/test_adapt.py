@@ -295,19 +295,19 @@ def test_the_check_by_hand(steps, second, third, fourth, taken, monkeypatch):
 
 
 @pytest.mark.parametrize("reason", ["it is sure", None])
-def test_a_sure_model_takes_no_step_and_is_asked_with_its_own_weights(reason):
+def test_with_a_reason_no_step_is_tried_and_it_is_asked_for_with_the_own_weights(reason):
     model, asked = tiny(), []
     before = bits(model)
 
-    def sure():
+    def unless():
         asked.append(same(model, before))
         return reason
-    with adapt.adapted(model, tiny_examples(1), lr=1e-3, sure=sure) as report:
-        assert report.sure == (not report.applied) == same(model, before) == (reason is not None)
+    with adapt.adapted(model, tiny_examples(1), lr=1e-3, unless=unless) as report:
+        assert report.left_alone == (not report.applied) == same(model, before) == (reason is not None)
         assert report.reason == reason
     assert report.restored and same(model, before) and asked == [True]
-    with adapt.adapted(model, [], sure=sure) as report:
-        assert report.reason == (reason or "no neighbour to learn from") and report.sure == (reason is not None)
+    with adapt.adapted(model, [], unless=unless) as report:
+        assert report.reason == (reason or "no neighbour to learn from") and report.left_alone == (reason is not None)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -328,11 +328,11 @@ def test_a_question_to_the_model_that_fails_leaves_it_free_and_as_it_was(error):
     def fails():
         elsewhere()
         raise error
-    with pytest.raises(error), adapt.adapted(model, tiny_examples(1), lr=1e-3, sure=fails):
+    with pytest.raises(error), adapt.adapted(model, tiny_examples(1), lr=1e-3, unless=fails):
         pass
     elsewhere()
     assert free == [False, True] and same(model, before)
-    with adapt.adapted(model, tiny_examples(1), lr=1e-3, sure=lambda: time.sleep(0.02) or "it is sure") as report:
+    with adapt.adapted(model, tiny_examples(1), lr=1e-3, unless=lambda: time.sleep(0.02) or "it is sure") as report:
         assert report.adapt_s >= 0.02
 
 

@@ -56,6 +56,14 @@ def test_greedy_nll_is_the_mean_surprise_of_the_greedy_tokens(tmp_path):
     assert G.greedy_nll(ours, prompt, n=8) == pytest.approx(-logps[:2].mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("new, copied", [(0, True), (1, True), (2, False), (20, False)])
+def test_a_model_that_copies_its_prompt_is_not_called_sure(new, copied, tmp_path, monkeypatch):
+    """A tenth of the tokens must be new; one that stands twice counts twice."""
+    _, ours = tiny_pair("tied", tmp_path)
+    monkeypatch.setattr(G, "generate", lambda *_, **more: [7] * new + [5, 6] * ((20 - new) // 2) + [6] * (new % 2))
+    assert (G.greedy_nll(ours, [5, 6], n=20) == math.inf) == copied
+
+
 def greedy_prompts(tokenizer):
     return [render_chat(tokenizer, [{"role": "user", "content": text}], True)[0] for text in TEXTS]
 

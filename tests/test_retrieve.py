@@ -338,7 +338,7 @@ def test_one_rank_alone_just_encodes(tiny, monkeypatch):
     assert (encode_in_parallel(tiny, ["pain"]) == tiny.encode(["pain"])).all()
 
 
-def test_the_near_score_is_the_lower_quartile_of_the_nearest_others():
+def test_a_score_s_quantile_is_that_of_the_nearest_others():
     """Brute force; with equal vectors the nearest other may come before the record itself."""
     vectors = np.random.default_rng(0).normal(size=(41, 6)).astype(np.float32)
     vectors[7] = vectors[30]
@@ -347,16 +347,17 @@ def test_the_near_score_is_the_lower_quartile_of_the_nearest_others():
     np.fill_diagonal(scores, -2)
     manifest = {"factory": "Flat", "encoder": {"directory": "e"}}
     index = retrieve.Index(vectors, [{}] * 41, manifest)
-    assert index.near_score() == pytest.approx(np.percentile(scores.max(1), 25), abs=1e-4)
-    assert index.near_score(sample=14) == pytest.approx(np.percentile(scores.max(1)[::3], 25), abs=1e-4)
-    assert retrieve.Index(vectors[:1], [{}], manifest).near_score() == np.inf
+    for share in (0.01, 0.25):
+        assert index.score_quantile(share) == pytest.approx(np.quantile(scores.max(1), share), abs=1e-4)
+    assert index.score_quantile(0.25, sample=14) == pytest.approx(np.quantile(scores.max(1)[::3], 0.25), abs=1e-4)
+    assert np.isnan(retrieve.Index(vectors[:1], [{}], manifest).score_quantile(0.01))
 
 
 @pytest.mark.parametrize("found, scores, expected", [
     ([[0, 1], [1, -1], [2, -1]], [[1, 0.5], [1, -3e38], [1, -3e38]], 0.5),  # two records are alone in their cells
-    ([[0, -1], [1, -1], [2, -1]], [[1, -3e38]] * 3, np.inf), ([[1, 2], [2, 0], [0, 1]], [[1.0000001] * 2] * 3, 1.0)])
-def test_the_near_score_counts_only_what_was_found_and_is_rounded_as_scores_are(found, scores, expected,
-                                                                                  monkeypatch):
+    ([[0, -1], [1, -1], [2, -1]], [[1, -3e38]] * 3, np.nan), ([[1, 2], [2, 0], [0, 1]], [[1.0000001] * 2] * 3, 1.0)])
+def test_a_score_s_quantile_counts_only_what_was_found_and_is_rounded_as_scores_are(found, scores, expected,
+                                                                                     monkeypatch):
     index = retrieve.Index(np.eye(3, dtype=np.float32), [{}] * 3, {"factory": "Flat", "encoder": {"directory": "e"}})
     monkeypatch.setattr(index, "search", lambda vectors, k: (np.array(scores, np.float32), np.array(found)))
-    assert index.near_score() == expected
+    assert index.score_quantile(0.25) == pytest.approx(expected, abs=0, nan_ok=True)

@@ -98,7 +98,7 @@ def test_the_steps_are_taken_nearest_first_and_as_the_flags_say(toy, monkeypatch
     answerer, seen, adapted = ttt.Answerer(ttt.settings_of(ttt.parse_args(flags))), [], ttt.adapted
 
     def noted(model, examples, **settings):
-        seen.append((examples, {name: value for name, value in settings.items() if name != "sure"}))
+        seen.append((examples, {name: value for name, value in settings.items() if name != "unless"}))
         return adapted(model, examples, **settings)
     monkeypatch.setattr(ttt, "adapted", noted)
     answerer.answer("What is asthma?")
@@ -157,7 +157,7 @@ def test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is
                                                                                      expected, monkeypatch):
     answerer = ttt.Answerer(settings(toy, k=5, context=2, check=check, max_new_tokens=1))
     prompts, checks = prompts_of(answerer, monkeypatch), []
-    answerer.near_score = typical
+    answerer.far_score, answerer.near_score = -1.0, typical
 
     @contextlib.contextmanager
     def scripted(model, examples, **more):
@@ -170,6 +170,33 @@ def test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is
     assert ["in_prompt" in one for one in neighbours] == [expected] * 2 + [False] * 3 and checks == [(5, check)]
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_a_question_far_from_the_whole_index_changes_nothing(toy, check, monkeypatch):
+    """The nearest that can be trained on counts; the model is not even asked; --always asks nobody."""
+    answerer = ttt.Answerer(settings(toy, k=2, context=1, check=check, max_new_tokens=1))
+    monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
+    scores = [one["score"] for one in answerer.answer("What is asthma?")["neighbours"]]
+    prompts, plain = prompts_of(answerer, monkeypatch), ttt.prompt_ids(answerer.tokenizer, None, "What is asthma?")
+    monkeypatch.setattr(ttt, "greedy_nll", lambda *_: pytest.fail("asked") if len(prompts) == 0 else 9.0)
+    usable = answerer.example
+
+    def nearest_has_no_answer(i, system):
+        if len(prompts) == 2 and i == result["neighbours"][0]["id"]:
+            raise InputError("it has no answer")
+        return usable(i, system)
+    monkeypatch.setattr(answerer, "example", nearest_has_no_answer)
+    answerer.near_score = 2.0
+    for far, left_alone in ((scores[0] + 1e-3, True), (scores[0], False), (scores[0], True)):
+        answerer.far_score = far
+        result = answerer.answer("What is asthma?")
+        assert ("the index has nothing near" in (result["ttt"]["reason"] or "")) == (left_alone and check)
+        if check and left_alone:
+            assert not result["ttt"]["applied"] and prompts[-1] == plain
+        else:
+            assert result["ttt"]["applied"] and prompts[-1] != plain
+    assert f"scores {scores[1]:.3f}, expected {scores[0]:.3f} or more" in (result["ttt"]["reason"] or "") or not check
+
+
 @pytest.mark.parametrize("nats, check, asked, k", [
     (0.29, True, True, 5), (0.31, True, True, 5), (0.29, False, False, 5), (0.29, True, True, 0)])
 def test_a_model_that_is_sure_of_its_own_answer_is_left_as_it_is(toy, nats, check, asked, k, monkeypatch):
@@ -177,7 +204,7 @@ def test_a_model_that_is_sure_of_its_own_answer_is_left_as_it_is(toy, nats, chec
     --always asks nobody."""
     answerer = ttt.Answerer(settings(toy, k=k, context=2, check=check, lr=1e-9, max_new_tokens=1))
     prompts, questions = prompts_of(answerer, monkeypatch), []
-    answerer.near_score = -1.0
+    answerer.far_score = answerer.near_score = -1.0
     monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
     monkeypatch.setattr(ttt, "greedy_nll", lambda model, ids, stop_ids: questions.append((ids, stop_ids)) or nats)
     result = answerer.answer("What is asthma?")
