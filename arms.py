@@ -103,8 +103,6 @@ class Evaluation:
     model: object = None
     index: object = None
     encoder: object = None
-    far_score: float = float("nan")  # of the index, see Index.score_quantile
-    near_score: float = float("nan")
 
     @property
     def room(self):

@@ -11,14 +11,14 @@ Source: FineMedLM-o1 (arXiv 2501.09213, section on test-time training: one step 
 The default, found on held-out questions (bench/README.md): k = 10, lr = 6e-5, four neighbours in the prompt, where
 that helps. Three are asked whether it does (--always: none):
 
-    the index        before any step: is the nearest further than 99 % of its records are from their own nearest? Then
-                     it is about something else, and nothing is done.
+    the index        before any step: is the question of another field? It is if it scores less with its nearest record
+                     than 99 % of the records with theirs, and so with all on average. Then nothing is done.
     the model        is it sure of its own answer? Then nothing is done: neighbours disturb what it knows.
     the neighbours   after three steps: has the loss on neighbours 2 to 4, each just before its own step, fallen? Else
                      the steps are undone, as nearly always after SFT. Fewer than four (--k 3) are not asked.
 
 Neighbours stand in the prompt where the steps are kept, and where the nearest may hold the answer: it scores at least
-what the lower quartile of the index's records scores.
+the lower quartile of what records score with their own nearest.
 
     python ttt.py --question "…"                                    one question
     python ttt.py --questions FILE.jsonl --out ANSWERS.jsonl        many; run again to go on where it stopped
@@ -61,7 +61,6 @@ from weights import DTYPES, stop_ids_of, weights_sha256
 
 MAX_TRACE_TOKENS = 6144  # upstream's maximum length in training; a longer trace is cut at its end
 SURE = 0.3  # nats a token: its tokens have a probability of three quarters, in the geometric mean
-FAR, NEAR = 0.01, 0.25  # shares of the index's records, by the score of each with its own nearest
 
 # ----- a question ----------------------------------------------------------------------------------------------------
 
@@ -79,7 +78,7 @@ class Answerer:
             self.index = Index.load(settings["index"])
             self.encoder = self.index.load_encoder(settings["encoder"], device)
             if settings["check"]:
-                self.far_score, self.near_score = map(self.index.score_quantile, (FAR, NEAR))
+                self.index.calibrate(self.encoder)
         self.tokenizer, _ = open_tokenizer(settings["model"])
         self.stop_ids = stop_ids_of(settings["model"]) | {self.tokenizer.end_of_turn()}
         self.model = load_model(settings["model"], device, DTYPES[settings["dtype"]])  # last: it may take minutes
@@ -143,7 +142,8 @@ class Answerer:
         check_length(ids, self.context)
         system, neighbours, examples, longer, shown = system_message(s["system"]), [], [], ids, []
         if s["ttt"]:
-            scores, found = self.index.search(self.encoder.encode([question], is_query=True), max(s["k"], s["context"]))
+            vectors = self.encoder.encode([question], is_query=True)
+            scores, found = self.index.search(vectors, max(s["k"], s["context"]))
             for score, i in zip(scores[0].tolist(), found[0].tolist()):
                 if i >= 0:  # a FAISS index other than Flat fills up with -1
                     neighbours.append({"id": i, "score": round(score, 4), "instruction":
@@ -161,14 +161,13 @@ class Answerer:
         if on_neighbours:
             on_neighbours(neighbours)
         self.threads.leave_busy_cores()
-        nearest = next((one["score"] for one in neighbours if "skipped" not in one), None)
         with adapted(self.model, examples, steps=s["steps"], lr=s["lr"], optimizer=s["optimizer"],
                      seed=s["seed"], check=s["check"], unless=(
-                         lambda: reason_to_leave(self.model, ids, self.stop_ids, nearest, self.far_score))
-                     if s["check"] and nearest is not None else None) as report:
+                         lambda: reason_to_leave(self.model, ids, self.stop_ids, self.index, vectors[0]))
+                     if s["check"] and neighbours else None) as report:
             if not (s["ttt"] and s["k"]) and not report.left_alone:
                 report.reason = "switched off"
-            if shown and (not s["check"] or shows_neighbours(report, nearest, self.near_score)):
+            if shown and (not s["check"] or shows_neighbours(report, shown[0]["score"], self.index.near)):
                 ids = longer
                 for neighbour in shown:
                     neighbour["in_prompt"] = True
@@ -232,20 +231,20 @@ def at_row(where, function, *args):
         raise InputError(f"{where}: {error}") from None
 
 
-def reason_to_leave(model, ids, stop_ids, nearest, far_score):
-    """Why nothing is done for a question: the `nearest` record scores less than `far_score`, or the model is sure of
-    its own answer to the prompt `ids`. None where neither is so."""
-    if nearest < far_score:
-        return f"the index has nothing near: the nearest scores {nearest:.3f}, expected {far_score:.3f} or more"
+def reason_to_leave(model, ids, stop_ids, index, vector):
+    """Why nothing is done for a question: its `vector` says that it is of another field than the index, or the model is
+    sure of its own answer to the prompt `ids`. None where neither is so."""
+    if index.another_field(vector):
+        return f"the index holds nothing like it: expected a record that scores {index.far:.2f} or more"
     if (nats := greedy_nll(model, ids, stop_ids)) < SURE:
         return f"the model is sure of its own answer: {nats:.2f} nats a token, expected {SURE} or more"
     return None
 
 
-def shows_neighbours(report, nearest, near_score):
+def shows_neighbours(report, nearest, near):
     """Whether neighbours stand in the prompt: where steps were kept, or where nothing spoke against them before and
-    the `nearest` scores `near_score` at least."""
-    return report.applied or (not report.left_alone and nearest >= near_score)
+    the `nearest` scores `near` at least."""
+    return report.applied or (not report.left_alone and nearest >= near)
 
 
 def split_answer(text):
@@ -271,7 +270,7 @@ def default_model():
 def parse_args(argv=None):
     parser = Parser(description="Answer medical questions with test-time training: a step on each of the --k nearest "
                     "records, the nearest --context of them in the prompt. By default nothing is done where the index "
-                    "holds nothing near or the model is sure of its own answer, and steps that do not help the next "
+                    "is of another field or the model is sure of its own answer, and steps that do not help the next "
                     "neighbours are undone. The defaults of --k, --context and --lr were found on held-out questions "
                     "(bench/README.md).",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -296,8 +295,8 @@ def parse_args(argv=None):
                         help="signsgd: g / (|g| + eps), the first step of a fresh Adam; adam: its moments kept from "
                         "step to step; with --k 1 --steps 1 the two are one (paper: adam)")
     parser.add_argument("--always", action="store_true",
-                        help="train on neighbours and show them; ask neither the model nor the neighbours nor the "
-                        "index whether that helps (paper: always)")
+                        help="train on neighbours and show them; ask neither the index nor the model nor the "
+                        "neighbours whether that helps (paper: always)")
     parser.add_argument("--recipe", choices=("paper",), help="paper: --k 1 --context 0 --steps 1 --lr 1e-5 "
                         "--optimizer adam --always")
     parser.add_argument("--no-ttt", action="store_true", help="answer without test-time training")

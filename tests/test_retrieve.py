@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -338,26 +339,57 @@ def test_one_rank_alone_just_encodes(tiny, monkeypatch):
     assert (encode_in_parallel(tiny, ["pain"]) == tiny.encode(["pain"])).all()
 
 
-def test_a_score_s_quantile_is_that_of_the_nearest_others():
-    """Brute force; with equal vectors the nearest other may come before the record itself."""
-    vectors = np.random.default_rng(0).normal(size=(41, 6)).astype(np.float32)
+def vectors_of_length_1(n, seed=0):
+    vectors = np.random.default_rng(seed).normal(0.4, 1, size=(n, 6)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def bare_index(vectors):
+    return retrieve.Index(vectors, [{"instruction": f"{i}"} for i in range(len(vectors))], {
+        "factory": "Flat", "encoder": {"directory": "e"}, "field": "instruction"})
+
+
+@pytest.mark.parametrize("n, every, instruction", [(41, 1, ""), (50, 1, ""), (1001, 2, ""), (201, 2, "question: ")])
+def test_what_scores_are_compared_with(n, every, instruction):
+    """Brute force, each question without its own record; with equal vectors the nearest other may come before it.
+    Questions are embedded anew where they get an instruction that records do not get."""
+    vectors, asked = vectors_of_length_1(n), []
     vectors[7] = vectors[30]
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    scores = vectors @ vectors.T
-    np.fill_diagonal(scores, -2)
-    manifest = {"factory": "Flat", "encoder": {"directory": "e"}}
-    index = retrieve.Index(vectors, [{}] * 41, manifest)
-    for share in (0.01, 0.25):
-        assert index.score_quantile(share) == pytest.approx(np.quantile(scores.max(1), share), abs=1e-4)
-    assert index.score_quantile(0.25, sample=14) == pytest.approx(np.quantile(scores.max(1)[::3], 0.25), abs=1e-4)
-    assert np.isnan(retrieve.Index(vectors[:1], [{}], manifest).score_quantile(0.01))
+    index, as_questions = bare_index(vectors), vectors_of_length_1(n, 1) if instruction else vectors
+
+    def encode(texts, is_query):
+        asked.append((texts, is_query))
+        return as_questions[::every]
+    encoder = SimpleNamespace(query_instruction=instruction, document_prompt="", encode=encode)
+    assert np.isnan([index.near, index.far, index.far_mean]).all()
+    index.calibrate(encoder)
+    scores = (as_questions @ vectors.T).astype(np.float64)[::every]
+    own = np.arange(len(scores)), np.arange(len(scores)) * every
+    scores[own] = np.nan
+    assert index.near == pytest.approx(np.quantile(np.nanmax(scores, 1), 0.25), abs=1e-4)
+    if n < 50:
+        assert np.isnan(index.far) and np.isnan(index.far_mean)
+    else:
+        assert index.far == pytest.approx(np.quantile(np.nanmax(scores, 1), 0.01), abs=1e-5)
+        assert index.far_mean == pytest.approx(np.quantile(np.nanmean(scores, 1), 0.01), abs=1e-5)
+    assert asked == [([f"{i}" for i in range(0, n, every)], True)] * bool(instruction)
+
+
+@pytest.mark.parametrize("far, far_mean, expected", [(0, 0, True), (-1e-3, 0, False), (0, -1e-3, False),
+                                                     (np.nan, np.nan, False)])
+def test_a_question_is_of_another_field_if_no_record_is_near_and_all_are_far(far, far_mean, expected):
+    vectors, question = vectors_of_length_1(60), vectors_of_length_1(1, 2)[0]
+    index, scores = bare_index(vectors), vectors @ question
+    index.far, index.far_mean = scores.max() + far + 1e-5, scores.mean() + far_mean + 1e-5
+    assert index.another_field(question) is expected
 
 
 @pytest.mark.parametrize("found, scores, expected", [
     ([[0, 1], [1, -1], [2, -1]], [[1, 0.5], [1, -3e38], [1, -3e38]], 0.5),  # two records are alone in their cells
     ([[0, -1], [1, -1], [2, -1]], [[1, -3e38]] * 3, np.nan), ([[1, 2], [2, 0], [0, 1]], [[1.0000001] * 2] * 3, 1.0)])
-def test_a_score_s_quantile_counts_only_what_was_found_and_is_rounded_as_scores_are(found, scores, expected,
-                                                                                     monkeypatch):
-    index = retrieve.Index(np.eye(3, dtype=np.float32), [{}] * 3, {"factory": "Flat", "encoder": {"directory": "e"}})
+def test_the_near_score_counts_only_what_was_found_and_is_rounded_as_scores_are(found, scores, expected,
+                                                                                  monkeypatch):
+    index = bare_index(np.eye(3, dtype=np.float32))
     monkeypatch.setattr(index, "search", lambda vectors, k: (np.array(scores, np.float32), np.array(found)))
-    assert index.score_quantile(0.25) == pytest.approx(expected, abs=0, nan_ok=True)
+    index.calibrate(SimpleNamespace(query_instruction="", document_prompt=""))
+    assert index.near == pytest.approx(expected, abs=0, nan_ok=True)

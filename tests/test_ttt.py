@@ -157,7 +157,7 @@ def test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is
                                                                                      expected, monkeypatch):
     answerer = ttt.Answerer(settings(toy, k=5, context=2, check=check, max_new_tokens=1))
     prompts, checks = prompts_of(answerer, monkeypatch), []
-    answerer.far_score, answerer.near_score = -1.0, typical
+    answerer.index.near = typical
 
     @contextlib.contextmanager
     def scripted(model, examples, **more):
@@ -171,30 +171,30 @@ def test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_a_question_far_from_the_whole_index_changes_nothing(toy, check, monkeypatch):
-    """The nearest that can be trained on counts; the model is not even asked; --always asks nobody."""
+def test_a_question_of_another_field_changes_nothing(toy, check, monkeypatch):
+    """The model is not even asked; --always asks nobody."""
     answerer = ttt.Answerer(settings(toy, k=2, context=1, check=check, max_new_tokens=1))
     monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
-    scores = [one["score"] for one in answerer.answer("What is asthma?")["neighbours"]]
+    monkeypatch.setattr(ttt, "greedy_nll", lambda *_: pytest.fail("asked") if far else 9.0)
     prompts, plain = prompts_of(answerer, monkeypatch), ttt.prompt_ids(answerer.tokenizer, None, "What is asthma?")
-    monkeypatch.setattr(ttt, "greedy_nll", lambda *_: pytest.fail("asked") if len(prompts) == 0 else 9.0)
-    usable = answerer.example
-
-    def nearest_has_no_answer(i, system):
-        if len(prompts) == 2 and i == result["neighbours"][0]["id"]:
-            raise InputError("it has no answer")
-        return usable(i, system)
-    monkeypatch.setattr(answerer, "example", nearest_has_no_answer)
-    answerer.near_score = 2.0
-    for far, left_alone in ((scores[0] + 1e-3, True), (scores[0], False), (scores[0], True)):
-        answerer.far_score = far
+    question, seen = answerer.encoder.encode(["What is asthma?"], is_query=True)[0], []
+    monkeypatch.setattr(answerer.index, "another_field", lambda vector: seen.append(vector) or far)
+    for far in (True, False):
+        answerer.index.far = 2.0
         result = answerer.answer("What is asthma?")
-        assert ("the index has nothing near" in (result["ttt"]["reason"] or "")) == (left_alone and check)
-        if check and left_alone:
-            assert not result["ttt"]["applied"] and prompts[-1] == plain
-        else:
-            assert result["ttt"]["applied"] and prompts[-1] != plain
-    assert f"scores {scores[1]:.3f}, expected {scores[0]:.3f} or more" in (result["ttt"]["reason"] or "") or not check
+        left_alone = far and check
+        assert result["ttt"]["applied"] == (not left_alone) == (prompts[-1] != plain)
+        assert result["ttt"]["reason"] == (
+            "the index holds nothing like it: expected a record that scores 2.00 or more" if left_alone else None)
+    assert len(seen) == 2 * check and all((vector == question).all() for vector in seen)
+
+
+def test_the_index_is_compared_with_its_own_questions_unless_nobody_is_asked(toy):
+    for calibrated in (True, False):
+        index = ttt.Answerer(settings(toy, check=calibrated)).index
+        found = retrieve.Index.load(toy / "index")
+        found.calibrate(found.load_encoder())
+        assert (index.near == found.near) == calibrated and np.isnan(index.near) == (not calibrated)
 
 
 @pytest.mark.parametrize("nats, check, asked, k", [
@@ -204,7 +204,7 @@ def test_a_model_that_is_sure_of_its_own_answer_is_left_as_it_is(toy, nats, chec
     --always asks nobody."""
     answerer = ttt.Answerer(settings(toy, k=k, context=2, check=check, lr=1e-9, max_new_tokens=1))
     prompts, questions = prompts_of(answerer, monkeypatch), []
-    answerer.far_score = answerer.near_score = -1.0
+    answerer.index.near = answerer.index.far = -1.0
     monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
     monkeypatch.setattr(ttt, "greedy_nll", lambda model, ids, stop_ids: questions.append((ids, stop_ids)) or nats)
     result = answerer.answer("What is asthma?")
