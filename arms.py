@@ -10,6 +10,7 @@ r1, r2, … are the question's records, nearest first (or drawn at random): not 
 tokens for all arms. A record that does not fit the window is left out of every arm.
 """
 import argparse
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,6 +104,8 @@ class Evaluation:
     model: object = None
     index: object = None
     encoder: object = None
+    far: float = math.nan  # scores, see Index.thresholds
+    near: float = math.nan
 
     @property
     def room(self):

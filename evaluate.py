@@ -84,8 +84,8 @@ from report import (
     summarise,
     with_holm,
 )
-from retrieve import Index
-from ttt import SURE, default_model, open_tokenizer, reason_to_leave, shows_neighbours, system_message
+from retrieve import FAR, NEAR, Index
+from ttt import NEW, SURE, default_model, open_tokenizer, reason_to_leave, shows_neighbours, system_message
 from weights import DTYPES, stop_ids_of, weights_sha256
 
 # ----- measures ------------------------------------------------------------------------------------------------------
@@ -166,9 +166,8 @@ def measured(run, questions, arms):
     records, notes, rows, timings = {}, {}, {}, []
     if kinds and questions:
         vectors = run.encoder.encode([question.text for question in questions], is_query=True)
-        vector_of = dict(zip((question.number for question in questions), vectors))
-        for question in questions:
-            for kind, found in records_of_kinds(run, question, vector_of[question.number], kinds, k).items():
+        for question, vector in zip(questions, vectors):
+            for kind, found in records_of_kinds(run, question, vector, kinds, k).items():
                 records[question.number, kind], notes[question.number, kind] = found
     measure = generated if run.args.measure == "generate" else scored
     for arm in arms:
@@ -183,15 +182,14 @@ def measured(run, questions, arms):
             for question, prompt in asked:
                 examples = [example_of(run, messages, was_cut)
                             for _, _, messages, was_cut in arm.trained(records[question.number, arm.train])]
+                shown = arm.in_prompt(records[question.number, arm.context]) if arm.context else []
+                nearest = max((score for _, score, _, _ in shown), default=-math.inf)
                 alone = prompt_of(run, question)
-                unless = functools.partial(reason_to_leave, run.model, alone, run.stop_ids, run.index,
-                                           vector_of[question.number])
+                unless = functools.partial(reason_to_leave, nearest, run.far, run.model, alone, run.stop_ids)
                 with adapted(run.model, examples, steps=arm.steps, lr=arm.lr, optimizer=arm.optimizer,
                              seed=run.args.seed, loss_after=False, check=arm.check,
                              unless=unless if arm.check else None) as report:
-                    shown = arm.in_prompt(records[question.number, arm.context]) if arm.context else []
-                    nearest = max((score for _, score, _, _ in shown), default=-math.inf)
-                    if arm.check and not shows_neighbours(report, nearest, run.index.near):
+                    if arm.check and not shows_neighbours(report, nearest, run.near):
                         prompt, shown = alone, []
                     found += measure(run, [(question, prompt)])
                 found[-1] |= {"applied": report.applied} | ({"in_prompt": len(shown)} if arm.check else {}) | (
@@ -285,7 +283,7 @@ def load(run):
         run.index = Index.load(args.index)
         run.encoder = run.index.load_encoder(args.encoder, run.world.device)
         if any(arm.check for arm in args.arms):
-            run.index.calibrate(run.encoder)
+            run.far, run.near = run.index.thresholds()
     run.model = load_model(args.model, run.world.device, DTYPES[args.dtype])
 
 
@@ -299,7 +297,7 @@ def settings_of(args):
     flags = ("benchmark", "limit", "cluster", "measure", "prompt", "by", "leaks", "record_tokens", "answer_tokens",
              "max_new_tokens", "temperature", "top_p", "batch_size", "system", "seed", "dtype", "primary")
     with_index = any(arm.train or arm.context for arm in args.arms)
-    asked = {"checked": CHECKED, "fall": FALL, "sure": SURE}
+    asked = {"far": FAR, "near": NEAR, "sure": SURE, "new": NEW, "checked": CHECKED, "fall": FALL}
     return {flag: getattr(args, flag) for flag in flags} | {
         "arms": {arm.name: dataclasses.asdict(arm) | (asked if arm.check else {}) for arm in args.arms},
         "model": str(args.model), "weights": weights_sha256(args.model),

@@ -54,18 +54,17 @@ def generate(model, ids, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, to
 
 
 def greedy_nll(model, ids, stop_ids=(), n=32):
-    """Mean −log p, in nats, of the n tokens (or up to a stop) that the model writes greedily after the prompt `ids`.
+    """Of the n tokens (or up to a stop) that the model writes greedily after the prompt `ids`: (mean −log p in nats,
+    how many do not stand in the prompt and are no stop).
 
-    Low where the model is sure of what to say, rightly or not. Words of the prompt are likely whatever it knows: inf
-    where it copies, an option say, so that less than a tenth of the tokens are new. `ids` as in `generate`.
+    The mean is low where the model is sure of what to say, rightly or not, or where it copies. `ids` as in `generate`.
     """
     tokens = list(generate(model, ids, max_new_tokens=n, temperature=0, stop_ids=stop_ids))
-    if sum(token not in ids for token in tokens) < 0.1 * len(tokens):
-        return math.inf
     read, labels = (torch.tensor([row], device=model.norm.weight.device)
                     for row in ([*ids, *tokens[:-1]], [*[-100] * (len(ids) - 1), *tokens]))
     with torch.inference_mode():
-        return -model(read, labels=labels).sum().item() / len(tokens)
+        nats = -model(read, labels=labels).sum().item() / len(tokens)
+    return nats, len([token for token in tokens if token not in ids and token not in stop_ids])
 
 
 def room(model, ids, name="the prompt"):

@@ -16,6 +16,7 @@ Shapes: N texts, D width of a vector, Q queries, k neighbours.
 """
 import hashlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ from weights import write_safetensors
 DEFAULT_ENCODER = "models/all-minilm-l6-v2"
 DEFAULT_INDEX = "index/traces"
 FORMAT = "finemedlm-index-1"
+FAR, NEAR = 0.5, 0.25  # quantiles, see Index.thresholds
 INDEX_FILES = {"manifest.json", "records.jsonl", "vectors.safetensors"}
 # an older index does not state these settings of its encoder and was built with these values; nor does it state
 # lower_case, which was followed
@@ -63,7 +65,6 @@ class Index:
         self.vectors, self.records, self.manifest = vectors, records, manifest
         self.encoder_dir = manifest["encoder"]["directory"]
         self.faiss = build_faiss(vectors, manifest["factory"])
-        self.near = self.far = self.far_mean = np.nan  # see calibrate
 
     @classmethod
     def build(cls, encoder, records, field="instruction", factory="Flat", sources=(), progress=False):
@@ -96,35 +97,23 @@ class Index:
             raise InputError(f"search: vectors {np.shape(vectors)}, k {k}; expected (Q, {width}), k from 1")
         return self.faiss.search(np.ascontiguousarray(vectors, dtype=np.float32), min(k, len(self.records)))
 
-    def calibrate(self, encoder):
-        """Sets what scores are compared with, from this index's own questions, each without its own record:
+    def thresholds(self, sample=1000):
+        """(far, near): how alike this index's questions are, among at most `sample` of them; to four places, as scores
+        are reported.
 
-            near      three quarters of them score at least this much with their nearest: it may hold the answer
-            far       99 % of them score at least this much with their nearest, and
-            far_mean  99 % of them score at least this much with all records on average: see `another_field`
+            far   what two of them score, in the median. A question whose nearest scores less lies outside of the index
+            near  what three quarters score at least with their nearest. A question's nearest that scores as much may
+                  hold the answer
 
-        Over at most 1,000 records, every n-th, or 200 where questions have to be embedded anew, because the encoder
-        puts an instruction in front of them. `near` to four places, as scores are reported. They stay NaN, which
-        nothing is above or below, where no record finds another; `far` where fewer than 50 do, which bound no field.
+        NaN, which no score is above or below, where there are no two, or none finds another.
         """
-        anew = encoder.query_instruction != encoder.document_prompt
-        ids = np.arange(0, len(self.records), -(-len(self.records) // (200 if anew else 1000)))
-        vectors = encoder.encode([question_of(self.records[i], self.manifest["field"]) for i in ids],
-                                 is_query=True) if anew else self.vectors[ids]
-        scores, found = self.search(vectors, 2)
+        ids = np.sort(np.random.default_rng(0).permutation(len(self.records))[:sample])
+        scores, found = self.search(self.vectors[ids], 2)
         nobody = (found == ids[:, None]) | (found < 0)  # itself, and what another factory than Flat did not find
         others = np.where(nobody, -np.inf, scores).max(1)[~nobody.all(1)]  # equal records: the other may come first
-        if len(others):
-            self.near = round(float(np.quantile(others, 0.25)), 4)
-        if len(others) >= 50:
-            own = np.einsum("nd,nd->n", vectors, self.vectors[ids])
-            means = (vectors @ self.vectors.sum(0) - own) / (len(self.records) - 1)
-            self.far, self.far_mean = float(np.quantile(others, 0.01)), float(np.quantile(means, 0.01))
-
-    def another_field(self, vector):
-        """Whether a question [D] is of another field than the index: no record is near, nor are all on average."""
-        scores, _ = self.search(vector[None], 1)
-        return bool(scores[0, 0] < self.far and vector @ self.vectors.mean(0) < self.far_mean)
+        pairs = (self.vectors[ids] @ self.vectors[ids].T)[np.triu_indices(len(ids), 1)]
+        return tuple(round(float(np.quantile(values, share)), 4) if len(values) else math.nan
+                     for values, share in ((pairs, FAR), (others, NEAR)))
 
     def save(self, directory):
         """Writes vectors.safetensors, records.jsonl and manifest.json aside, then renames: the old index or the new."""

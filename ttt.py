@@ -11,8 +11,8 @@ Source: FineMedLM-o1 (arXiv 2501.09213, section on test-time training: one step 
 The default, found on held-out questions (bench/README.md): k = 10, lr = 6e-5, four neighbours in the prompt, where
 that helps. Three are asked whether it does (--always: none):
 
-    the index        before any step: is the question of another field? It is if it scores less with its nearest record
-                     than 99 % of the records with theirs, and so with all on average. Then nothing is done.
+    the index        before any step: is the nearest record less like the question than two records are like each other,
+                     in the median? Then the question lies outside of the index, and nothing is done.
     the model        is it sure of its own answer? Then nothing is done: neighbours disturb what it knows.
     the neighbours   after three steps: has the loss on neighbours 2 to 4, each just before its own step, fallen? Else
                      the steps are undone, as nearly always after SFT. Fewer than four (--k 3) are not asked.
@@ -26,6 +26,7 @@ the lower quartile of what records score with their own nearest.
 """
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -61,6 +62,7 @@ from weights import DTYPES, stop_ids_of, weights_sha256
 
 MAX_TRACE_TOKENS = 6144  # upstream's maximum length in training; a longer trace is cut at its end
 SURE = 0.3  # nats a token: its tokens have a probability of three quarters, in the geometric mean
+NEW = 4  # tokens; with fewer that do not stand in the question the model copies an option, say
 
 # ----- a question ----------------------------------------------------------------------------------------------------
 
@@ -78,7 +80,7 @@ class Answerer:
             self.index = Index.load(settings["index"])
             self.encoder = self.index.load_encoder(settings["encoder"], device)
             if settings["check"]:
-                self.index.calibrate(self.encoder)
+                self.far, self.near = self.index.thresholds()
         self.tokenizer, _ = open_tokenizer(settings["model"])
         self.stop_ids = stop_ids_of(settings["model"]) | {self.tokenizer.end_of_turn()}
         self.model = load_model(settings["model"], device, DTYPES[settings["dtype"]])  # last: it may take minutes
@@ -142,8 +144,7 @@ class Answerer:
         check_length(ids, self.context)
         system, neighbours, examples, longer, shown = system_message(s["system"]), [], [], ids, []
         if s["ttt"]:
-            vectors = self.encoder.encode([question], is_query=True)
-            scores, found = self.index.search(vectors, max(s["k"], s["context"]))
+            scores, found = self.index.search(self.encoder.encode([question], is_query=True), max(s["k"], s["context"]))
             for score, i in zip(scores[0].tolist(), found[0].tolist()):
                 if i >= 0:  # a FAISS index other than Flat fills up with -1
                     neighbours.append({"id": i, "score": round(score, 4), "instruction":
@@ -161,13 +162,14 @@ class Answerer:
         if on_neighbours:
             on_neighbours(neighbours)
         self.threads.leave_busy_cores()
+        nearest = next((one["score"] for one in neighbours if "skipped" not in one), math.nan)
         with adapted(self.model, examples, steps=s["steps"], lr=s["lr"], optimizer=s["optimizer"],
                      seed=s["seed"], check=s["check"], unless=(
-                         lambda: reason_to_leave(self.model, ids, self.stop_ids, self.index, vectors[0]))
+                         lambda: reason_to_leave(nearest, self.far, self.model, ids, self.stop_ids))
                      if s["check"] and neighbours else None) as report:
             if not (s["ttt"] and s["k"]) and not report.left_alone:
                 report.reason = "switched off"
-            if shown and (not s["check"] or shows_neighbours(report, shown[0]["score"], self.index.near)):
+            if shown and (not s["check"] or shows_neighbours(report, nearest, self.near)):
                 ids = longer
                 for neighbour in shown:
                     neighbour["in_prompt"] = True
@@ -231,12 +233,13 @@ def at_row(where, function, *args):
         raise InputError(f"{where}: {error}") from None
 
 
-def reason_to_leave(model, ids, stop_ids, index, vector):
-    """Why nothing is done for a question: its `vector` says that it is of another field than the index, or the model is
-    sure of its own answer to the prompt `ids`. None where neither is so."""
-    if index.another_field(vector):
-        return f"the index holds nothing like it: expected a record that scores {index.far:.2f} or more"
-    if (nats := greedy_nll(model, ids, stop_ids)) < SURE:
+def reason_to_leave(nearest, far, model, ids, stop_ids):
+    """Why nothing is done for a question: its `nearest` record scores less than `far`, or the model is sure of its own
+    answer to the prompt `ids`. None where neither is so."""
+    if nearest < far:
+        return f"the index holds nothing like it: the nearest scores {nearest:.3f}, expected {far:.3f} or more"
+    nats, new = greedy_nll(model, ids, stop_ids)
+    if nats < SURE and new >= NEW:
         return f"the model is sure of its own answer: {nats:.2f} nats a token, expected {SURE} or more"
     return None
 
@@ -270,7 +273,7 @@ def default_model():
 def parse_args(argv=None):
     parser = Parser(description="Answer medical questions with test-time training: a step on each of the --k nearest "
                     "records, the nearest --context of them in the prompt. By default nothing is done where the index "
-                    "is of another field or the model is sure of its own answer, and steps that do not help the next "
+                    "holds nothing like it or the model is sure of its own answer, and steps that do not help the next "
                     "neighbours are undone. The defaults of --k, --context and --lr were found on held-out questions "
                     "(bench/README.md).",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -288,7 +291,8 @@ def parse_args(argv=None):
                         "helps (paper: 1)")
     parser.add_argument("--context", type=whole(0), default=4,
                         help="so many of the nearest also stand in the prompt, as earlier turns, where the steps are "
-                        "kept or the nearest is near (paper: 0); with --k 0 they only stand there")
+                        "kept or, unless nothing is done, the nearest is near (paper: 0); with --k 0 they only stand "
+                        "there")
     parser.add_argument("--steps", type=whole(1), default=1, help="gradient steps on each neighbour (paper: 1)")
     parser.add_argument("--lr", type=number(0), default=6e-5, help="learning rate of these steps (paper: 1e-5)")
     parser.add_argument("--optimizer", choices=("signsgd", "adam", "sgd"), default="signsgd",

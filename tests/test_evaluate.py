@@ -215,7 +215,7 @@ def test_the_arm_of_the_program_has_records_in_the_prompt_where_its_steps_help_o
         checks.append((len(examples), settings["check"]))
         return adapted(model, examples, **settings)
     monkeypatch.setattr(evaluate, "adapted", noted)
-    monkeypatch.setattr(retrieve.Index, "calibrate", lambda self, encoder: setattr(self, "near", typical[-1]))
+    monkeypatch.setattr(retrieve.Index, "thresholds", lambda self: (-1.0, typical[-1]))
     arms = ("none", "ttt:k=5,context=2,lr=1e-6", "ttt:k=3,context=2,lr=1e-3", "context:k=2",
             "nearest+context:k=3,context=2,lr=1e-3")
     for i, score in enumerate((9.0, -1.0)):
@@ -234,8 +234,9 @@ def test_the_arm_of_the_program_does_nothing_where_the_model_is_sure(files, base
     """The model is asked with the question alone, before each question's steps; it stops where ttt.py would."""
     monkeypatch.setattr(evaluate, "stop_ids_of", lambda folder: {7})
     asked, answers = [], iter([0.29, 0.31])
-    monkeypatch.setattr(retrieve.Index, "calibrate", lambda self, encoder: setattr(self, "near", -1.0))
-    monkeypatch.setattr(ttt, "greedy_nll", lambda model, ids, stop_ids: asked.append((ids, stop_ids)) or next(answers))
+    monkeypatch.setattr(retrieve.Index, "thresholds", lambda self: (-1.0, -1.0))
+    monkeypatch.setattr(ttt, "greedy_nll", lambda model, ids, stop_ids: (
+        asked.append((ids, stop_ids)) or (next(answers), 32)))
     prompts = []
     monkeypatch.setattr(evaluate, "prompt_of", lambda run, question, records=(): (
         prompts.append(prompt_of(run, question, records)) or prompts[-1]))
@@ -248,19 +249,19 @@ def test_the_arm_of_the_program_does_nothing_where_the_model_is_sure(files, base
     assert [stops for _, stops in asked] == [{7, Tokenizer.from_dir(base).end_of_turn()}] * 2
 
 
-def test_the_arm_of_the_program_does_nothing_where_the_index_is_of_another_field(files, base, tmp_path, monkeypatch):
-    """Each question's own vector says so, also beside others in a batch; only an arm that asks is refused."""
-    seen, encoders = [], []
-    monkeypatch.setattr(retrieve.Index, "calibrate", lambda self, encoder: encoders.append(encoder))
-    monkeypatch.setattr(retrieve.Index, "another_field", lambda self, vector: seen.append(vector) or len(seen) == 1)
-    monkeypatch.setattr(ttt, "greedy_nll", lambda *_: 9.0)
+def test_the_arm_of_the_program_does_nothing_where_the_question_lies_outside(files, base, tmp_path, monkeypatch):
+    """Outside by the nearest of the records that the arm may read; only an arm that asks is refused."""
+    monkeypatch.setattr(retrieve.Index, "thresholds", lambda self: (far, 9.0))
+    monkeypatch.setattr(ttt, "greedy_nll", lambda *_: (9.0, 32))
     arms = "none", "ttt:k=3,context=2,lr=1e-3", "nearest+context:k=3,context=2,lr=1e-3"
-    rows = run(files, base, tmp_path / "run", "bpb", "--arms", *arms, "--limit", "2", "--batch-size", "2")
-    (none, asked, always), (none_2, asked_2, always_2) = ([rows[number, arm] for arm in arms] for number in (1, 2))
-    assert asked["bpb"] == none["bpb"] != always["bpb"] and asked_2["bpb"] == always_2["bpb"] != none_2["bpb"]
-    assert asked["reason"].startswith("the index holds nothing like it") and not asked["applied"]
-    questions = [question.text for question in read_benchmark("sft", files / "rows.jsonl", limit=2)]
-    assert (np.array(seen) == encoders[0].encode(questions, is_query=True)).all()
+    for far in (2.0, -2.0):
+        rows = run(files, base, tmp_path / str(far), "bpb", "--arms", *arms, "--limit", "1")
+        none, asked, always = (rows[1, arm] for arm in arms)
+        assert asked["bpb"] == (none if far > 0 else always)["bpb"] and none["bpb"] != always["bpb"]
+        nearest = asked["neighbours"][0]["score"]
+        assert asked["applied"] == (far < 0) and asked.get("reason") == (
+            f"the index holds nothing like it: the nearest scores {nearest:.3f}, expected 2.000 or more"
+            if far > 0 else None)
 
 
 def test_an_arm_is_the_same_whatever_other_arms_stand_beside_it(files, base, tmp_path, monkeypatch):
@@ -268,7 +269,7 @@ def test_an_arm_is_the_same_whatever_other_arms_stand_beside_it(files, base, tmp
     near, not the further ones of another arm."""
     seen = []
     monkeypatch.setattr(evaluate, "reason_to_leave", lambda *_: None)
-    monkeypatch.setattr(evaluate, "shows_neighbours", lambda report, nearest, near_score: seen.append(nearest))
+    monkeypatch.setattr(evaluate, "shows_neighbours", lambda report, nearest, near: seen.append(nearest))
     arms = "nearest+context:k=1,context=3,lr=1e-3", "random-ttt:k=5,context=2,lr=1e-9"
     flags = "--limit", "1", "--seed", "1", "--arms"
     beside = run(files, base, tmp_path / "beside", "bpb", *flags, *arms, "none", "random-context:k=8")

@@ -48,20 +48,21 @@ def test_greedy_nll_is_the_mean_surprise_of_the_greedy_tokens(tmp_path):
     new = naive_generate(ours, prompt, 8)
     with torch.no_grad():
         logps = theirs(torch.tensor([prompt + new])).logits[0, len(prompt) - 1:-1].log_softmax(-1).amax(-1)
-    assert G.greedy_nll(ours, prompt, n=8) == pytest.approx(-logps.mean().item(), rel=1e-4)
+    assert G.greedy_nll(ours, prompt, n=8)[0] == pytest.approx(-logps.mean().item(), rel=1e-4)
     assert G.greedy_nll(ours, prompt) == G.greedy_nll(ours, prompt, n=32) != G.greedy_nll(ours, prompt, n=31)
     end = new.index(new[3])
-    assert G.greedy_nll(ours, prompt, {new[3]}, n=8) == pytest.approx(-logps[:end + 1].mean().item(), rel=1e-4)
+    assert G.greedy_nll(ours, prompt, {new[3]}, n=8)[0] == pytest.approx(-logps[:end + 1].mean().item(), rel=1e-4)
     ours.config = replace(ours.config, max_position_embeddings=len(prompt) + 1)
-    assert G.greedy_nll(ours, prompt, n=8) == pytest.approx(-logps[:2].mean().item(), rel=1e-4)
+    assert G.greedy_nll(ours, prompt, n=8)[0] == pytest.approx(-logps[:2].mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("new, copied", [(0, True), (1, True), (2, False), (20, False)])
-def test_a_model_that_copies_its_prompt_is_not_called_sure(new, copied, tmp_path, monkeypatch):
-    """A tenth of the tokens must be new; one that stands twice counts twice."""
+def test_of_the_greedy_tokens_those_count_as_new_that_the_prompt_lacks(tmp_path, monkeypatch):
+    """Wherever it has them; a stop is none, whether the prompt has it or not."""
     _, ours = tiny_pair("tied", tmp_path)
-    monkeypatch.setattr(G, "generate", lambda *_, **more: [7] * new + [5, 6] * ((20 - new) // 2) + [6] * (new % 2))
-    assert (G.greedy_nll(ours, [5, 6], n=20) == math.inf) == copied
+    prompt = [9, *range(100, 200), 8]
+    for tokens, stops, expected in (([9, 8, 150], (), 0), ([7, 9, 7, 3], (), 3), ([7, 9, 5], {5}, 1)):
+        monkeypatch.setattr(G, "generate", lambda *_, tokens=tokens, **more: tokens)
+        assert G.greedy_nll(ours, prompt, stops)[1] == expected
 
 
 def greedy_prompts(tokenizer):

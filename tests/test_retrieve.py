@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -345,43 +344,25 @@ def vectors_of_length_1(n, seed=0):
 
 
 def bare_index(vectors):
-    return retrieve.Index(vectors, [{"instruction": f"{i}"} for i in range(len(vectors))], {
-        "factory": "Flat", "encoder": {"directory": "e"}, "field": "instruction"})
+    return retrieve.Index(vectors.astype(np.float32), [{}] * len(vectors), {
+        "factory": "Flat", "encoder": {"directory": "e"}})
 
 
-@pytest.mark.parametrize("n, every, instruction", [(41, 1, ""), (50, 1, ""), (1001, 2, ""), (201, 2, "question: ")])
-def test_what_scores_are_compared_with(n, every, instruction):
-    """Brute force, each question without its own record; with equal vectors the nearest other may come before it.
-    Questions are embedded anew where they get an instruction that records do not get."""
-    vectors, asked = vectors_of_length_1(n), []
+def test_how_alike_an_index_s_questions_are():
+    """Brute force; with equal vectors the nearest other may come before the record itself. Of more records than
+    `sample` as many are drawn, and each finds its nearest among all."""
+    vectors = vectors_of_length_1(41)
     vectors[7] = vectors[30]
-    index, as_questions = bare_index(vectors), vectors_of_length_1(n, 1) if instruction else vectors
-
-    def encode(texts, is_query):
-        asked.append((texts, is_query))
-        return as_questions[::every]
-    encoder = SimpleNamespace(query_instruction=instruction, document_prompt="", encode=encode)
-    assert np.isnan([index.near, index.far, index.far_mean]).all()
-    index.calibrate(encoder)
-    scores = (as_questions @ vectors.T).astype(np.float64)[::every]
-    own = np.arange(len(scores)), np.arange(len(scores)) * every
-    scores[own] = np.nan
-    assert index.near == pytest.approx(np.quantile(np.nanmax(scores, 1), 0.25), abs=1e-4)
-    if n < 50:
-        assert np.isnan(index.far) and np.isnan(index.far_mean)
-    else:
-        assert index.far == pytest.approx(np.quantile(np.nanmax(scores, 1), 0.01), abs=1e-5)
-        assert index.far_mean == pytest.approx(np.quantile(np.nanmean(scores, 1), 0.01), abs=1e-5)
-    assert asked == [([f"{i}" for i in range(0, n, every)], True)] * bool(instruction)
-
-
-@pytest.mark.parametrize("far, far_mean, expected", [(0, 0, True), (-1e-3, 0, False), (0, -1e-3, False),
-                                                     (np.nan, np.nan, False)])
-def test_a_question_is_of_another_field_if_no_record_is_near_and_all_are_far(far, far_mean, expected):
-    vectors, question = vectors_of_length_1(60), vectors_of_length_1(1, 2)[0]
-    index, scores = bare_index(vectors), vectors @ question
-    index.far, index.far_mean = scores.max() + far + 1e-5, scores.mean() + far_mean + 1e-5
-    assert index.another_field(question) is expected
+    index, scores = bare_index(vectors), vectors @ vectors.T
+    np.fill_diagonal(scores, -2)
+    expected = np.median(scores[np.tril_indices(41, -1)]), np.quantile(scores.max(1), 0.25)
+    assert index.thresholds() == pytest.approx(expected, abs=1e-4)
+    drawn = np.random.default_rng(0).permutation(41)[:14]
+    far, near = index.thresholds(sample=14)
+    assert near == pytest.approx(np.quantile(scores[drawn].max(1), 0.25), abs=1e-4)
+    assert far == pytest.approx(np.median(scores[np.ix_(drawn, drawn)][np.tril_indices(14, -1)]), abs=1e-4)
+    assert np.isnan(bare_index(vectors[:1]).thresholds()).all()
+    assert bare_index(-vectors[:2] * [[3], [2]]).thresholds() == pytest.approx([6 * scores[0, 1]] * 2, abs=1e-4)
 
 
 @pytest.mark.parametrize("found, scores, expected", [
@@ -391,5 +372,4 @@ def test_the_near_score_counts_only_what_was_found_and_is_rounded_as_scores_are(
                                                                                   monkeypatch):
     index = bare_index(np.eye(3, dtype=np.float32))
     monkeypatch.setattr(index, "search", lambda vectors, k: (np.array(scores, np.float32), np.array(found)))
-    index.calibrate(SimpleNamespace(query_instruction="", document_prompt=""))
-    assert index.near == pytest.approx(expected, abs=0, nan_ok=True)
+    assert index.thresholds()[1] == pytest.approx(expected, abs=0, nan_ok=True)

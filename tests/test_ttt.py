@@ -157,7 +157,7 @@ def test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is
                                                                                      expected, monkeypatch):
     answerer = ttt.Answerer(settings(toy, k=5, context=2, check=check, max_new_tokens=1))
     prompts, checks = prompts_of(answerer, monkeypatch), []
-    answerer.index.near = typical
+    answerer.far, answerer.near = -1.0, typical
 
     @contextlib.contextmanager
     def scripted(model, examples, **more):
@@ -171,46 +171,51 @@ def test_neighbours_stand_in_the_prompt_where_the_steps_helped_or_the_nearest_is
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_a_question_of_another_field_changes_nothing(toy, check, monkeypatch):
-    """The model is not even asked; --always asks nobody."""
-    answerer = ttt.Answerer(settings(toy, k=2, context=1, check=check, max_new_tokens=1))
+def test_a_question_outside_of_the_index_changes_nothing(toy, check, monkeypatch):
+    """By the nearest that can be trained on; the model is not even asked; --always asks nobody."""
+    answerer = ttt.Answerer(settings(toy, k=2, context=2, check=check, max_new_tokens=1))
     monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
-    monkeypatch.setattr(ttt, "greedy_nll", lambda *_: pytest.fail("asked") if far else 9.0)
-    prompts, plain = prompts_of(answerer, monkeypatch), ttt.prompt_ids(answerer.tokenizer, None, "What is asthma?")
-    question, seen = answerer.encoder.encode(["What is asthma?"], is_query=True)[0], []
-    monkeypatch.setattr(answerer.index, "another_field", lambda vector: seen.append(vector) or far)
-    for far in (True, False):
-        answerer.index.far = 2.0
-        result = answerer.answer("What is asthma?")
-        left_alone = far and check
-        assert result["ttt"]["applied"] == (not left_alone) == (prompts[-1] != plain)
-        assert result["ttt"]["reason"] == (
-            "the index holds nothing like it: expected a record that scores 2.00 or more" if left_alone else None)
-    assert len(seen) == 2 * check and all((vector == question).all() for vector in seen)
+    monkeypatch.setattr(ttt, "greedy_nll", lambda *_: pytest.fail("asked") if outside else (9.0, 9))
+    plain = ttt.prompt_ids(answerer.tokenizer, None, "What is asthma?")
+    scores, found = answerer.index.search(answerer.encoder.encode(["What is asthma?"], is_query=True), 2)
+    (first, second), nearest, example = scores[0].tolist(), found[0, 0], answerer.example
+
+    def maybe_without_answer(i, system):
+        if i == nearest and not usable:
+            raise InputError("it has no answer")
+        return example(i, system)
+    monkeypatch.setattr(answerer, "example", maybe_without_answer)
+    prompts = prompts_of(answerer, monkeypatch)
+    for far, usable, outside in ((first + 1e-3, True, True), (first - 1e-3, True, False), (first - 1e-3, False, True)):
+        answerer.far = far
+        result = answerer.answer("What is asthma?")["ttt"]
+        assert result["applied"] == (prompts[-1] != plain) == (not (outside and check))
+        assert result["reason"] == (f"the index holds nothing like it: the nearest scores "
+                                    f"{first if usable else second:.3f}, expected {far:.3f} or more"
+                                    if outside and check else None)
 
 
-def test_the_index_is_compared_with_its_own_questions_unless_nobody_is_asked(toy):
-    for calibrated in (True, False):
-        index = ttt.Answerer(settings(toy, check=calibrated)).index
-        found = retrieve.Index.load(toy / "index")
-        found.calibrate(found.load_encoder())
-        assert (index.near == found.near) == calibrated and np.isnan(index.near) == (not calibrated)
+def test_the_index_says_what_is_near_and_far(toy):
+    answerer = ttt.Answerer(settings(toy, check=True))
+    assert (answerer.far, answerer.near) == retrieve.Index.load(toy / "index").thresholds()
 
 
-@pytest.mark.parametrize("nats, check, asked, k", [
-    (0.29, True, True, 5), (0.31, True, True, 5), (0.29, False, False, 5), (0.29, True, True, 0)])
-def test_a_model_that_is_sure_of_its_own_answer_is_left_as_it_is(toy, nats, check, asked, k, monkeypatch):
-    """It is asked with the question alone, and named as the reason also with --k 0; another reads near neighbours, and
-    --always asks nobody."""
+@pytest.mark.parametrize("nats, new, check, asked, k", [
+    (0.29, 4, True, True, 5), (0.31, 4, True, True, 5), (0.29, 3, True, True, 5), (0.29, 4, False, False, 5),
+    (0.29, 4, True, True, 0)])
+def test_a_model_that_is_sure_of_its_own_answer_is_left_as_it_is(toy, nats, new, check, asked, k, monkeypatch):
+    """It is asked with the question alone, and named as the reason also with --k 0; another, or one that copies, reads
+    near neighbours, and --always asks nobody."""
     answerer = ttt.Answerer(settings(toy, k=k, context=2, check=check, lr=1e-9, max_new_tokens=1))
     prompts, questions = prompts_of(answerer, monkeypatch), []
-    answerer.index.near = answerer.index.far = -1.0
+    answerer.far = answerer.near = -1.0
     monkeypatch.setattr(ttt, "MAX_TRACE_TOKENS", 250)  # for speed
-    monkeypatch.setattr(ttt, "greedy_nll", lambda model, ids, stop_ids: questions.append((ids, stop_ids)) or nats)
+    monkeypatch.setattr(ttt, "greedy_nll", lambda model, ids, stop_ids: (
+        questions.append((ids, stop_ids)) or (nats, new)))
     result = answerer.answer("What is asthma?")
     plain = ttt.prompt_ids(answerer.tokenizer, None, "What is asthma?")
     assert questions == [(plain, answerer.stop_ids)] * asked
-    sure = asked and nats < 0.3
+    sure = asked and nats < 0.3 and new >= 4
     assert (prompts == [plain]) == sure and ["in_prompt" in one for one in result["neighbours"]] == [
         not sure] * 2 + [False] * max(0, k - 2)
     assert ("the model is sure of its own answer: 0.29 nats" in (result["ttt"]["reason"] or "")) == sure
