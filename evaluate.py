@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from adapt import CHECKED, FALL, adapted
+from adapt import adapted
 from arms import Evaluation, arm_of, ending, example_of, messages_before, prompt_of, records_of_kinds
 from benchmarks import (
     SHAPES,
@@ -84,8 +84,8 @@ from report import (
     summarise,
     with_holm,
 )
-from retrieve import FAR, NEAR, Index
-from ttt import NEW, SURE, default_model, open_tokenizer, reason_to_leave, shows_neighbours, system_message
+from retrieve import Index
+from ttt import ASKED, default_model, open_tokenizer, reason_to_leave, shows_neighbours, system_message
 from weights import DTYPES, stop_ids_of, weights_sha256
 
 # ----- measures ------------------------------------------------------------------------------------------------------
@@ -297,9 +297,8 @@ def settings_of(args):
     flags = ("benchmark", "limit", "cluster", "measure", "prompt", "by", "leaks", "record_tokens", "answer_tokens",
              "max_new_tokens", "temperature", "top_p", "batch_size", "system", "seed", "dtype", "primary")
     with_index = any(arm.train or arm.context for arm in args.arms)
-    asked = {"far": FAR, "near": NEAR, "sure": SURE, "new": NEW, "checked": CHECKED, "fall": FALL}
     return {flag: getattr(args, flag) for flag in flags} | {
-        "arms": {arm.name: dataclasses.asdict(arm) | (asked if arm.check else {}) for arm in args.arms},
+        "arms": {arm.name: dataclasses.asdict(arm) | (ASKED if arm.check else {}) for arm in args.arms},
         "model": str(args.model), "weights": weights_sha256(args.model),
         "data": str(args.data), "data_sha256": sha256(args.data), "index": str(args.index) if with_index else None,
         "index_manifest": sha256(Path(args.index) / "manifest.json") if with_index else None}

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from adapt import adapted
+from adapt import CHECKED, FALL, adapted
 from chat import check_vocabulary, render_chat
 from data import training_example
 from fast import Threads, reuse_freed_memory
@@ -55,7 +55,7 @@ from files import (
 from generate import generate, greedy_nll
 from model import LlamaConfig, load_model
 from parallel import pick_device
-from retrieve import Index
+from retrieve import FAR, NEAR, Index
 from rows import lone_question, messages_of, question_of, shorten
 from tokenizer import Tokenizer, check_unicode, notice_of, stream_text
 from weights import DTYPES, stop_ids_of, weights_sha256
@@ -63,6 +63,7 @@ from weights import DTYPES, stop_ids_of, weights_sha256
 MAX_TRACE_TOKENS = 6144  # upstream's maximum length in training; a longer trace is cut at its end
 SURE = 0.3  # nats a token: its tokens have a probability of three quarters, in the geometric mean
 NEW = 4  # tokens; with fewer that do not stand in the question the model copies an option, say
+ASKED = {"far": FAR, "near": NEAR, "sure": SURE, "new": NEW, "checked": CHECKED, "fall": FALL}  # for those who report
 
 # ----- a question ----------------------------------------------------------------------------------------------------
 
@@ -439,8 +440,9 @@ def check_questions(questions, settings):
 
 
 def contents_of(settings):
-    """{name: SHA-256} of the files that answers depend on beside the settings: another model may lie in its place."""
-    return {"weights": weights_sha256(settings["model"]),
+    """What answers depend on beside the settings: the SHA-256 of files, because another model may lie in its place, and
+    the limits of what is asked."""
+    return {"weights": weights_sha256(settings["model"]), "asked": ASKED if settings["check"] else None,
             "index_manifest": sha256(Path(settings["index"]) / "manifest.json") if settings["ttt"] else None}
 
 

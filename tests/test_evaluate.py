@@ -413,10 +413,10 @@ def test_an_arm_whose_settings_have_changed_is_another(files, base, tmp_path, mo
     """The arm keeps its name, and the first three of the settings stand in other files than the next two."""
     arms = ["--limit", "1", "--arms", "none", "random-ttt:k=4"]
     run(files, base, tmp_path / "run", "bpb", *arms)
-    for change in ((evaluate, "FALL", 0.5), (evaluate, "CHECKED", 2), (evaluate, "SURE", 0.5),
+    for change in ((ttt.ASKED, "fall", 0.5), (ttt.ASKED, "new", 2), (ttt.ASKED, "far", 0.4),
                    (arms_module.TTT, "lr", 1e-5), (arms_module.TTT, "context_k", 1)):
         with monkeypatch.context() as patch, pytest.raises(InputError, match="arms was"):
-            (patch.setattr if change[0] is evaluate else patch.setitem)(*change)
+            patch.setitem(*change)
             run(files, base, tmp_path / "run", "bpb", *arms)
 
 

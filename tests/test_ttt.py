@@ -423,6 +423,18 @@ def test_added_tokens_in_questions_are_named_once(toy, run):
     assert out.stderr.count("read as plain text") == 1
 
 
+def test_answers_under_other_limits_of_what_is_asked_are_not_gone_on_with(toy, tmp_path):
+    found = settings(toy, check=True)
+    found |= ttt.contents_of(found)
+    assert found["asked"] == {"far": 0.5, "near": 0.25, "sure": 0.3, "new": 4, "checked": 3, "fall": 0.02}
+    assert ttt.contents_of(found | {"check": False})["asked"] is None
+    before = found | {"asked": found["asked"] | {"new": 5}}
+    row = {"line": 1, "question": "Q?", "answer": "A.", "settings": before}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="made with another asked; expected"):
+        ttt.read_answers(tmp_path / "a.jsonl", [(1, "q.jsonl:1", "Q?")], found)
+
+
 def test_a_file_of_questions_is_resumed_where_it_stopped(toy, run, tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS[:4]))
     arguments = ["--questions", tmp_path / "q.jsonl", "--model", toy / "model", "--index", toy / "index",
