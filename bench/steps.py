@@ -202,8 +202,12 @@ def cells(args):
         for name, asked in parts.items():
             write_rows(folder / f"{name}-{setting}.jsonl", [rows[one["row"]] for one in asked])
             if name != "fresh":  # its index is the test's
-                write_rows(folder / f"{model}-{name}.jsonl", [
-                    row for row in rows if row["part"] in (*PROTOCOL["index"][model], name)])
+                of_index = [row for row in rows if row["part"] in (*PROTOCOL["index"][model], name)]
+                write_rows(folder / f"{model}-{name}.jsonl", of_index)
+            if name == "test":  # the same questions with others' answers
+                write_rows(folder / f"{model}-shuffled.jsonl", [
+                    row | {"response": of_index[(i + len(of_index) // 3) % len(of_index)]["response"]}
+                    for i, row in enumerate(of_index)])
     if args.traces:
         traces = [row for _, _, row in read_data(args.traces)]
         records["traces"] = traces
@@ -213,6 +217,7 @@ def cells(args):
             for i, row in enumerate(traces)]
         found |= {f"{model}-traces": {"test": asked} for model in ("base", "sft")}
     records["python"] = docstrings()
+    write_rows(folder / "python.jsonl", records["python"])
     of_python = encoder.encode([row["instruction"] for row in records["python"]])
     # every answer from the next but 700 row: the same questions with others' answers
     records["shuffled"] = [row | {"response": rows[(i + 700) % len(rows)]["response"]} for i, row in enumerate(rows)]

@@ -105,8 +105,12 @@ def test_fresh_questions_are_of_b_and_what_is_left_of_the_test(drawn):
         written = (out / f"eval/fresh-{setting}.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in written] == [
             rows[one["row"]] for one in cells[f"sft-{setting}"]["fresh"]]
-    index = (out / "eval/sft-test.jsonl").read_text().splitlines()
-    assert {json.loads(line)["part"] for line in index} == {"B", "test"}
+    index, shuffled, python = ([*map(json.loads, (out / f"eval/{name}.jsonl").read_text().splitlines())]
+                               for name in ("sft-test", "sft-shuffled", "python"))
+    assert {row["part"] for row in index} == {"B", "test"} and python == rows[:8]
+    a_third = len(index) // 3
+    answers = [row["response"] for row in index]
+    assert shuffled == [row | {"response": answer} for row, answer in zip(index, answers[a_third:] + answers[:a_third])]
 
 
 def test_no_question_is_a_neighbour_of_itself_or_of_its_group(drawn):
