@@ -223,7 +223,7 @@ MUTANTS = {
         ("worse = stats.worse_share(1 - b / a, 0.01)", "worse = stats.worse_share(b / a - 1, 0.01)",
          "test_gain.py::test_an_arm_in_percent_of_none")],
     "evaluate.py": [
-        ('"arms": {arm.name: dataclasses.asdict(arm) | (asked if arm.check else {}) for arm in args.arms},',
+        ('"arms": {arm.name: dataclasses.asdict(arm) | (ASKED if arm.check else {}) for arm in args.arms},',
          '"arms": {arm.name: dataclasses.asdict(arm) for arm in args.arms},',
          "test_evaluate.py::test_an_arm_whose_settings_have_changed_is_another"),
         ("run.stop_ids = stop_ids_of(args.model) | {tokenizer.end_of_turn()}",
@@ -283,6 +283,8 @@ MUTANTS = {
          'return np.array([y["bpb"] / x["bpb"] - 1 for x, y in zip(one, other)])',
          "test_report.py::test_means_and_differences_by_hand")],
     "retrieve.py": [
+        ("others = np.where(nobody, -np.inf, scores).max(1)[~nobody.all(1)]  # equal records: the other may come first",
+         "others = np.where(nobody, -1, scores).max(1)[~nobody.all(1)]", ALIKE),
         ("ids = np.sort(np.random.default_rng(0).permutation(len(self.records))[:sample])",
          "ids = np.arange(len(self.records))[:sample]", ALIKE),
         ("pairs = (self.vectors[ids] @ self.vectors[ids].T)[np.triu_indices(len(ids), 1)]",
