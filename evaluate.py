@@ -183,7 +183,7 @@ def measured(run, questions, arms):
                 examples = [example_of(run, messages, was_cut)
                             for _, _, messages, was_cut in arm.trained(records[question.number, arm.train])]
                 shown = arm.in_prompt(records[question.number, arm.context]) if arm.context else []
-                nearest = max((score for _, score, _, _ in shown), default=-math.inf)
+                nearest = max((score for _, score, _, _ in shown), default=math.nan)
                 alone = prompt_of(run, question)
                 unless = functools.partial(reason_to_leave, nearest, run.far, run.model, alone, run.stop_ids)
                 with adapted(run.model, examples, steps=arm.steps, lr=arm.lr, optimizer=arm.optimizer,

@@ -55,7 +55,7 @@ def generate(model, ids, *, max_new_tokens=2048, temperature=0.7, top_p=0.95, to
 
 def greedy_nll(model, ids, stop_ids=(), n=32):
     """Of the n tokens (or up to a stop) that the model writes greedily after the prompt `ids`: (mean −log p in nats,
-    how many do not stand in the prompt and are no stop).
+    how many do not stand in the prompt and are no stop, each time that they occur).
 
     The mean is low where the model is sure of what to say, rightly or not, or where it copies. `ids` as in `generate`.
     """

@@ -98,12 +98,11 @@ class Index:
         return self.faiss.search(np.ascontiguousarray(vectors, dtype=np.float32), min(k, len(self.records)))
 
     def thresholds(self, sample=1000):
-        """(far, near): how alike this index's questions are, among at most `sample` of them; to four places, as scores
-        are reported.
+        """(far, near): how alike the index's questions are, of at most `sample`; to four places, as scores are told.
 
-            far   what two of them score, in the median. A question whose nearest scores less lies outside of the index
-            near  what three quarters score at least with their nearest. A question's nearest that scores as much may
-                  hold the answer
+            far   what two of these score, in the median. A question whose nearest scores less lies outside of the index
+            near  what three quarters of these score at least with their nearest of all. A question's nearest that
+                  scores as much may hold the answer
 
         NaN, which no score is above or below, where there are no two, or none finds another.
         """

@@ -238,7 +238,7 @@ def reason_to_leave(nearest, far, model, ids, stop_ids):
     """Why nothing is done for a question: its `nearest` record scores less than `far`, or the model is sure of its own
     answer to the prompt `ids`. None where neither is so."""
     if nearest < far:
-        return f"the index holds nothing like it: the nearest scores {nearest:.3f}, expected {far:.3f} or more"
+        return f"the index holds nothing like the question: its nearest scores {nearest:.3f}, expected {far:.3f}"
     nats, new = greedy_nll(model, ids, stop_ids)
     if nats < SURE and new >= NEW:
         return f"the model is sure of its own answer: {nats:.2f} nats a token, expected {SURE} or more"
@@ -274,9 +274,9 @@ def default_model():
 def parse_args(argv=None):
     parser = Parser(description="Answer medical questions with test-time training: a step on each of the --k nearest "
                     "records, the nearest --context of them in the prompt. By default nothing is done where the index "
-                    "holds nothing like it or the model is sure of its own answer, and steps that do not help the next "
-                    "neighbours are undone. The defaults of --k, --context and --lr were found on held-out questions "
-                    "(bench/README.md).",
+                    "holds nothing like the question or the model is sure of its own answer, and steps that do not "
+                    "help the next neighbours are undone. The defaults of --k, --context and --lr were found on "
+                    "held-out questions (bench/README.md).",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--question", default=argparse.SUPPRESS, help="the question to answer")
@@ -292,8 +292,7 @@ def parse_args(argv=None):
                         "helps (paper: 1)")
     parser.add_argument("--context", type=whole(0), default=4,
                         help="so many of the nearest also stand in the prompt, as earlier turns, where the steps are "
-                        "kept or, unless nothing is done, the nearest is near (paper: 0); with --k 0 they only stand "
-                        "there")
+                        "kept, or undone and the nearest is near (paper: 0); with --k 0 they only stand there")
     parser.add_argument("--steps", type=whole(1), default=1, help="gradient steps on each neighbour (paper: 1)")
     parser.add_argument("--lr", type=number(0), default=6e-5, help="learning rate of these steps (paper: 1e-5)")
     parser.add_argument("--optimizer", choices=("signsgd", "adam", "sgd"), default="signsgd",
@@ -442,7 +441,8 @@ def check_questions(questions, settings):
 def contents_of(settings):
     """What answers depend on beside the settings: the SHA-256 of files, because another model may lie in its place, and
     the limits of what is asked."""
-    return {"weights": weights_sha256(settings["model"]), "asked": ASKED if settings["check"] else None,
+    return {"weights": weights_sha256(settings["model"]),
+            "limits": ASKED if settings["ttt"] and settings["check"] else None,
             "index_manifest": sha256(Path(settings["index"]) / "manifest.json") if settings["ttt"] else None}
 
 

@@ -260,7 +260,7 @@ def test_the_arm_of_the_program_does_nothing_where_the_question_lies_outside(fil
         assert asked["bpb"] == (none if far > 0 else always)["bpb"] and none["bpb"] != always["bpb"]
         nearest = asked["neighbours"][0]["score"]
         assert asked["applied"] == (far < 0) and asked.get("reason") == (
-            f"the index holds nothing like it: the nearest scores {nearest:.3f}, expected 2.000 or more"
+            f"the index holds nothing like the question: its nearest scores {nearest:.3f}, expected 2.000"
             if far > 0 else None)
 
 

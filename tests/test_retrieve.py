@@ -368,8 +368,7 @@ def test_how_alike_an_index_s_questions_are():
 @pytest.mark.parametrize("found, scores, expected", [
     ([[0, 1], [1, -1], [2, -1]], [[1, 0.5], [1, -3e38], [1, -3e38]], 0.5),  # two records are alone in their cells
     ([[0, -1], [1, -1], [2, -1]], [[1, -3e38]] * 3, np.nan), ([[1, 2], [2, 0], [0, 1]], [[1.0000001] * 2] * 3, 1.0)])
-def test_the_near_score_counts_only_what_was_found_and_is_rounded_as_scores_are(found, scores, expected,
-                                                                                  monkeypatch):
+def test_the_threshold_counts_only_what_was_found_and_is_rounded_as_scores_are(found, scores, expected, monkeypatch):
     index = bare_index(np.eye(3, dtype=np.float32))
     monkeypatch.setattr(index, "search", lambda vectors, k: (np.array(scores, np.float32), np.array(found)))
     assert index.thresholds()[1] == pytest.approx(expected, abs=0, nan_ok=True)

@@ -190,8 +190,8 @@ def test_a_question_outside_of_the_index_changes_nothing(toy, check, monkeypatch
         answerer.far = far
         result = answerer.answer("What is asthma?")["ttt"]
         assert result["applied"] == (prompts[-1] != plain) == (not (outside and check))
-        assert result["reason"] == (f"the index holds nothing like it: the nearest scores "
-                                    f"{first if usable else second:.3f}, expected {far:.3f} or more"
+        assert result["reason"] == (f"the index holds nothing like the question: its nearest scores "
+                                    f"{first if usable else second:.3f}, expected {far:.3f}"
                                     if outside and check else None)
 
 
@@ -426,12 +426,13 @@ def test_added_tokens_in_questions_are_named_once(toy, run):
 def test_answers_under_other_limits_of_what_is_asked_are_not_gone_on_with(toy, tmp_path):
     found = settings(toy, check=True)
     found |= ttt.contents_of(found)
-    assert found["asked"] == {"far": 0.5, "near": 0.25, "sure": 0.3, "new": 4, "checked": 3, "fall": 0.02}
-    assert ttt.contents_of(found | {"check": False})["asked"] is None
-    before = found | {"asked": found["asked"] | {"new": 5}}
+    assert found["limits"] == {"far": 0.5, "near": 0.25, "sure": 0.3, "new": 4, "checked": 3, "fall": 0.02}
+    for switch in ("check", "ttt"):  # nobody is asked
+        assert ttt.contents_of(found | {switch: False})["limits"] is None
+    before = found | {"limits": found["limits"] | {"new": 5}}
     row = {"line": 1, "question": "Q?", "answer": "A.", "settings": before}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(InputError, match="made with another asked; expected"):
+    with pytest.raises(InputError, match="made with another limits; expected"):
         ttt.read_answers(tmp_path / "a.jsonl", [(1, "q.jsonl:1", "Q?")], found)
 
 
