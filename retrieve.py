@@ -107,10 +107,11 @@ class Index:
         NaN, which no score is above or below, where there are no two, or none finds another.
         """
         ids = np.sort(np.random.default_rng(0).permutation(len(self.records))[:sample])
-        scores, found = self.search(self.vectors[ids], 2)
+        drawn = self.vectors[ids]
+        scores, found = self.search(drawn, 2)
         nobody = (found == ids[:, None]) | (found < 0)  # itself, and what another factory than Flat did not find
         others = np.where(nobody, -np.inf, scores).max(1)[~nobody.all(1)]  # equal records: the other may come first
-        pairs = (self.vectors[ids] @ self.vectors[ids].T)[np.triu_indices(len(ids), 1)]
+        pairs = (drawn @ drawn.T)[np.triu_indices(len(ids), 1)]
         return tuple(round(float(np.quantile(values, share)), 4) if len(values) else math.nan
                      for values, share in ((pairs, FAR), (others, NEAR)))
 

@@ -62,7 +62,7 @@ from weights import DTYPES, stop_ids_of, weights_sha256
 
 MAX_TRACE_TOKENS = 6144  # upstream's maximum length in training; a longer trace is cut at its end
 SURE = 0.3  # nats a token: its tokens have a probability of three quarters, in the geometric mean
-NEW = 4  # tokens; with fewer that do not stand in the question the model copies an option, say
+NEW = 4  # tokens; with fewer that do not stand in the prompt the model copies an option, say
 ASKED = {"far": FAR, "near": NEAR, "sure": SURE, "new": NEW, "checked": CHECKED, "fall": FALL}  # for those who report
 
 # ----- a question ----------------------------------------------------------------------------------------------------
